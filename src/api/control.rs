@@ -1,0 +1,196 @@
+//! What an agent and its manager say to each other: one TCP connection, opened by the agent, that carries JSON
+//! values as frames of a be32 length and that many bytes (at most [`MAX_FRAME_BYTES`]).
+//!
+//! ```text
+//! agent                                   manager
+//!   Hello  ------------------------------->        version checked, host registered
+//!          <------------------------------- Welcome | Refused (then closed)
+//!   Heartbeat every heartbeat_ms --------->        silence is what makes a host suspect
+//!   Event (a guest died, stopped, moved) ->
+//!          <------------------------------- Request { id, command }
+//!   Reply { id } ------------------------->
+//!   Api { id, a REST call made here } ---->        the manager answers for the whole fleet
+//!          <------------------------------- ApiReply { id }
+//! ```
+//! Commands say what shall be (`Protect`, `AcceptShadow`), not how to get there; repeating one is harmless. Every
+//! command about a guest carries its term: an agent that knows a higher one refuses.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyReport};
+
+/// Grows with every incompatible change; both sides must have the same.
+pub const CONTROL_VERSION: u32 = 1;
+/// Longest frame either side accepts.
+pub const MAX_FRAME_BYTES: usize = 4 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum ToManager {
+    Hello(AgentHello),
+    Heartbeat(Heartbeat),
+    Event(GuestEvent),
+    Reply { id: u64, #[serde(flatten)] outcome: Outcome },
+    Api { id: u64, method: String, path: String, body: serde_json::Value },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum ToAgent {
+    Welcome { heartbeat_ms: u64, version: String },
+    Refused { reason: String },
+    Request { id: u64, command: Command },
+    ApiReply { id: u64, status: u16, body: serde_json::Value },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentHello {
+    pub control_version: u32,
+    /// Of the program, for people.
+    pub version: String,
+    pub host: String,
+    pub rack: String,
+    pub sync_port: u16,
+    pub tracker: String,
+    /// What this host's records say it runs or keeps; the manager answers with what shall be.
+    pub records: Vec<GuestRecord>,
+}
+
+/// One guest in an agent's own records, which survive a reboot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestRecord {
+    pub uuid: String,
+    pub domain: String,
+    pub term: u64,
+    pub role: Role,
+    /// Whether a domain of that UUID is active in this host's libvirt right now.
+    #[serde(default)]
+    pub active: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    Primary,
+    Shadow,
+    /// Was primary; another host has a higher term. Must not run.
+    Retired,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Heartbeat {
+    pub seq: u64,
+    pub memory_total_mib: u64,
+    pub memory_free_mib: u64,
+    pub primaries: Vec<PrimaryStatus>,
+    pub shadows: Vec<ShadowStatus>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PrimaryStatus {
+    pub uuid: String,
+    pub term: u64,
+    /// Whether the guest's vCPUs run (an operator may have suspended it).
+    pub running: bool,
+    pub memory_bytes: u64,
+    /// Why nothing is captured; empty while capturing.
+    pub problem: String,
+    pub stats: CaptureStats,
+    pub peers: Vec<PeerStatus>,
+}
+
+/// A shadow as its primary sees it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PeerStatus {
+    pub host: String,
+    pub state: ShadowState,
+    pub reason: String,
+    pub committed_epoch: u64,
+    pub lag_ms: u64,
+    pub wire_bytes_per_s: u64,
+    pub pending_pages: u64,
+}
+
+/// A shadow as its own host sees it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ShadowStatus {
+    pub uuid: String,
+    pub term: u64,
+    pub committed_epoch: u64,
+    pub connected: bool,
+    /// Why it could not be promoted now; empty when it could.
+    pub problem: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum GuestEvent {
+    /// QEMU of a primary ended without anybody asking for it.
+    Died { uuid: String, term: u64, detail: String, last_epoch: u64 },
+    /// A primary ended on purpose: `shutdown`, `destroyed`, `saved`, `migrated`.
+    Stopped { uuid: String, term: u64, how: String },
+    /// A guest this host has a record of (or that the manager may know) runs here now.
+    Started { uuid: String, domain: String },
+    /// A newer term was met on the wire: this host's copy has been stopped.
+    Superseded { uuid: String, term: u64, newer_term: u64 },
+    /// Something an operator should read.
+    Notice { uuid: Option<String>, level: String, name: String, message: String },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do")]
+pub enum Command {
+    /// Find a domain by name or UUID and say whether it can be protected. -> [`Done::Described`]
+    Describe { domain: String },
+    /// Be primary of this guest with this term and keep these shadows (replaces the former list).
+    Protect { uuid: String, domain: String, term: u64, interval_ms: u64, shadows: Vec<ShadowTarget> },
+    /// Stop protecting; forget the guest. The guest runs on.
+    Release { uuid: String },
+    /// Accept a shadow of this guest from that host. The stream brings its definition.
+    AcceptShadow { uuid: String, domain: String, term: u64, primary: String },
+    /// Give up a shadow: its domain, memory and journal are gone when this returns.
+    DropShadow { uuid: String },
+    /// Become primary with `term`, from the newest committed epoch. -> [`Done::Promoted`]
+    /// `after_epoch`: refuse unless at least that epoch is committed.
+    Promote { uuid: String, term: u64, after_epoch: u64 },
+    /// Suspend the guest, cut, and wait until `to` has committed it. The guest stays suspended. -> [`Done::FinalCut`]
+    FinalCut { uuid: String, to: String },
+    /// Undo a `FinalCut`: the guest goes on here.
+    UndoFinalCut { uuid: String, term: u64 },
+    /// Another host is primary with `term`: stop the copy here, never start it again.
+    Retire { uuid: String, term: u64 },
+    /// Compare all memory and device state with all shadows. -> [`Done::Verified`]
+    Verify { uuid: String },
+    /// Does that address answer (TCP connect, a refusal counts) within `timeout_ms`? Asked of shadow hosts before
+    /// a promotion; also says how long ago the primary's stream of `uuid` was last heard. -> [`Done::Witnessed`]
+    Witness { addr: SocketAddr, timeout_ms: u64, uuid: Option<String> },
+    /// -> [`Done::Doctor`]
+    Doctor,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowTarget {
+    pub host: String,
+    pub addr: SocketAddr,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    Ok(Done),
+    Error(ApiError),
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "done")]
+pub enum Done {
+    Nothing,
+    Described { uuid: String, domain: String, memory_bytes: u64, running: bool, refusals: Vec<String> },
+    Promoted { epoch: u64, took_us: u64 },
+    FinalCut { epoch: u64, pause_began_us: u64 },
+    Verified(VerifyReport),
+    Witnessed { answers: bool, stream_silent_ms: Option<u64> },
+    Doctor(DoctorReport),
+}

@@ -1,0 +1,279 @@
+//! What the REST API speaks: requests, and the views that `virt-shadow` prints. Field names are stable.
+
+use serde::{Deserialize, Serialize};
+
+/// Sent to `POST /v1/guests`: protect a running guest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnableRequest {
+    /// Name or UUID of a running domain.
+    pub domain: String,
+    /// How many shadows are wanted.
+    #[serde(default = "default_shadows")]
+    pub shadows: u32,
+    /// Time between cuts, milliseconds.
+    #[serde(default = "default_interval_ms")]
+    pub interval_ms: u64,
+    /// Hosts that must hold the shadows; empty: the manager chooses.
+    #[serde(default)]
+    pub on: Vec<String>,
+    /// Host the domain runs on; filled in by the agent that forwards the request.
+    #[serde(default)]
+    pub host: Option<String>,
+}
+
+pub const DEFAULT_SHADOWS: u32 = 1;
+pub const DEFAULT_INTERVAL_MS: u64 = 50;
+fn default_shadows() -> u32 {
+    DEFAULT_SHADOWS
+}
+fn default_interval_ms() -> u64 {
+    DEFAULT_INTERVAL_MS
+}
+
+/// Sent to `POST /v1/guests/{domain}/promote` and `/switchover`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveRequest {
+    #[serde(default)]
+    pub to: Option<String>,
+    /// `promote` only: go on although the primary still answers. It is stopped first.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A protected guest as the manager knows it: `GET /v1/guests/{domain}`, `virt-shadow info`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GuestView {
+    pub domain: String,
+    pub uuid: String,
+    pub term: u64,
+    pub state: GuestState,
+    /// Why the guest is not `protected`, and what to do; empty otherwise.
+    #[serde(default)]
+    pub reason: String,
+    pub primary: HostRef,
+    pub shadows_wanted: u32,
+    pub interval_ms: u64,
+    pub memory_bytes: u64,
+    #[serde(flatten)]
+    pub capture: CaptureStats,
+    pub shadows: Vec<ShadowView>,
+}
+
+/// What the primary's agent measures; part of its heartbeats.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CaptureStats {
+    /// Newest epoch that was cut.
+    pub epoch: u64,
+    pub pause_us: Percentiles,
+    pub dirty_pages: DirtyPages,
+    /// Page bytes before encoding, and bytes put on the wire to all shadows, since protection began.
+    pub raw_bytes_total: u64,
+    pub wire_bytes_total: u64,
+    /// `userfaultfd` or `hash`; empty while not capturing.
+    pub tracker: String,
+    /// Why that tracker: one sentence.
+    pub tracker_reason: String,
+    pub epochs_total: u64,
+    /// Cuts that the watchdog ended.
+    pub watchdog_fired_total: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Percentiles {
+    pub p50: u64,
+    pub p99: u64,
+    pub max: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DirtyPages {
+    pub last: u64,
+    pub mean: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostRef {
+    pub host: String,
+    pub rack: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestState {
+    /// Enabled; first copies under way, nothing committed yet.
+    Syncing,
+    /// All wanted shadows have a committed epoch and follow.
+    Protected,
+    /// At least one shadow, but fewer than wanted, can be promoted.
+    Degraded,
+    /// No shadow can be promoted.
+    Unprotected,
+    /// The primary is gone; a shadow is being promoted.
+    FailingOver,
+    /// A planned move is under way.
+    SwitchingOver,
+    /// The guest was shut off or saved on purpose; protection resumes when it starts.
+    Stopped,
+    /// The primary is gone and no shadow could take over; an operator has to act.
+    Lost,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShadowState {
+    /// No connection from the primary yet, or lost.
+    Disconnected,
+    /// Receives pages; what it has (if anything) is older than the primary's last cuts.
+    Syncing,
+    /// Commits each epoch.
+    Following,
+    /// Refused by its host; see `reason`.
+    Refused,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ShadowView {
+    pub host: String,
+    pub rack: String,
+    /// `hot` until warm and cold shadows exist.
+    pub tier: String,
+    pub state: ShadowState,
+    #[serde(default)]
+    pub reason: String,
+    /// Newest epoch that could be promoted; 0: none.
+    pub committed_epoch: u64,
+    /// Age of that epoch, milliseconds.
+    pub lag_ms: u64,
+    /// Bytes per second to this shadow over the last second.
+    pub wire_bytes_per_s: u64,
+    /// Pages this shadow still lacks.
+    pub pending_pages: u64,
+}
+
+/// `GET /v1/hosts`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostView {
+    pub host: String,
+    pub rack: String,
+    pub state: HostState,
+    pub version: String,
+    pub sync_addr: String,
+    pub memory_total_mib: u64,
+    pub memory_free_mib: u64,
+    pub tracker: String,
+    pub primaries: u32,
+    pub shadows: u32,
+    pub last_seen_ms: u64,
+    #[serde(default)]
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostState {
+    Up,
+    /// Its agent is silent but the host answers: nothing is promoted away from it.
+    AgentSilent,
+    /// Silent, being probed.
+    Suspect,
+    Down,
+}
+
+/// `GET /v1/events?since=SEQ&wait_ms=MS`: what happened, oldest first.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EventView {
+    pub seq: u64,
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// `info`, `warning`, `alarm`.
+    pub level: String,
+    /// Stable kind, such as `guest-promoted`, `host-down`, `shadow-committed`, `enable`.
+    pub kind: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    pub message: String,
+}
+
+/// Answer of `promote` and `switchover`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MoveReport {
+    pub domain: String,
+    pub from: String,
+    pub to: String,
+    pub term: u64,
+    pub epoch: u64,
+    /// Epochs cut on the primary but not committed on the promoted shadow (0 for a switchover).
+    pub epochs_lost: u64,
+    /// From the decision until libvirt showed the shadow running, milliseconds.
+    pub took_ms: f64,
+    /// How long the guest stood still (switchover), milliseconds.
+    pub pause_ms: Option<f64>,
+}
+
+/// Answer of `verify`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerifyReport {
+    pub domain: String,
+    pub epoch: u64,
+    pub shadows: Vec<VerifyShadow>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerifyShadow {
+    pub host: String,
+    pub equal: bool,
+    pub pages_compared: u64,
+    /// Empty when equal: which block and page (or the device state) differs first, and how many pages do.
+    #[serde(default)]
+    pub difference: String,
+}
+
+/// Answer of `doctor`: what this host can be.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DoctorReport {
+    pub host: String,
+    pub primary: bool,
+    pub standby: bool,
+    pub tracker: String,
+    pub checks: Vec<DoctorCheck>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DoctorCheck {
+    pub name: String,
+    /// `ok`, `warning`, `missing`.
+    pub status: String,
+    pub found: String,
+    /// What to do; empty when `ok`.
+    #[serde(default)]
+    pub remedy: String,
+}
+
+/// Body of every answer that is not 2xx.
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// Stable: `not-found`, `not-running`, `refused`, `conflict`, `invalid`, `unavailable`, `failed`.
+    pub code: String,
+    /// What failed, on which guest and host, and what to do.
+    pub message: String,
+}
+
+impl ApiError {
+    pub fn new(code: &str, message: impl Into<String>) -> Self {
+        Self { code: code.into(), message: message.into() }
+    }
+    pub fn http_status(&self) -> u16 {
+        match self.code.as_str() {
+            "not-found" => 404,
+            "not-running" | "refused" | "conflict" => 409,
+            "invalid" => 400,
+            "unavailable" => 503,
+            _ => 500,
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! virt-shadow: shadows of running virtual machines on stock libvirt, QEMU and KVM.
+//!
+//! This crate acts; it holds no policy. `vmsync` decides about epochs and streams, `placement` about hosts and
+//! terms. See `docs/architecture.md` for the picture.
+pub mod api;
+pub mod config;

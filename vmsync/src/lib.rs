@@ -1,0 +1,1 @@
+//! Decides; see DESIGN.
