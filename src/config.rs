@@ -98,7 +98,13 @@ impl Default for AgentConfig {
 
 impl Default for ManagerConfig {
     fn default() -> Self {
-        Self { enabled: false, listen: ([0, 0, 0, 0], 7711).into(), heartbeat_ms: 200, suspect_ms: 700, confirm_ms: 300 }
+        Self {
+            enabled: false,
+            listen: ([0, 0, 0, 0], 7711).into(),
+            heartbeat_ms: 200,
+            suspect_ms: 700,
+            confirm_ms: 300,
+        }
     }
 }
 
@@ -144,7 +150,11 @@ impl Config {
             return Err(("agent.manager", "an agent needs the address of its manager, as \"IP:PORT\"".into()));
         }
         let range = |field, value: u64, min: u64, max: u64| {
-            if (min..=max).contains(&value) { Ok(()) } else { Err((field, format!("{value} is not within {min} to {max}"))) }
+            if (min..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err((field, format!("{value} is not within {min} to {max}")))
+            }
         };
         range("agent.watchdog_ms", self.agent.watchdog_ms, 20, 2_000)?;
         range("manager.heartbeat_ms", self.manager.heartbeat_ms, 20, 10_000)?;
@@ -154,9 +164,7 @@ impl Config {
 
     /// Where this daemon's agent finds its manager: as configured, or its own manager role on loopback.
     pub fn manager_addr(&self) -> Option<SocketAddr> {
-        self.agent.manager.or_else(|| {
-            self.manager.enabled.then(|| ([127, 0, 0, 1], self.manager.listen.port()).into())
-        })
+        self.agent.manager.or_else(|| self.manager.enabled.then(|| ([127, 0, 0, 1], self.manager.listen.port()).into()))
     }
 }
 

@@ -2,5 +2,13 @@
 //!
 //! This crate acts; it holds no policy. `vmsync` decides about epochs and streams, `placement` about hosts and
 //! terms. See `docs/architecture.md` for the picture.
+pub mod agent;
 pub mod api;
+pub mod capture;
+pub mod cli;
 pub mod config;
+pub mod hypervisor;
+pub mod lab;
+pub mod manager;
+pub mod standby;
+pub mod transport;

@@ -32,8 +32,17 @@ pub enum ToManager {
     Hello(AgentHello),
     Heartbeat(Heartbeat),
     Event(GuestEvent),
-    Reply { id: u64, #[serde(flatten)] outcome: Outcome },
-    Api { id: u64, method: String, path: String, body: serde_json::Value },
+    Reply {
+        id: u64,
+        #[serde(flatten)]
+        outcome: Outcome,
+    },
+    Api {
+        id: u64,
+        method: String,
+        path: String,
+        body: serde_json::Value,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

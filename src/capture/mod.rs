@@ -1,0 +1,1 @@
+//! The primary's side: which pages changed, the cut, and the reading of guest memory.

@@ -1,0 +1,1 @@
+//! The `virt-shadow` command line.

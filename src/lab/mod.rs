@@ -1,0 +1,1 @@
+//! Several hosts on one machine: namespaces, bridges, a libvirtd and a virtshadowd for each.

@@ -1,0 +1,1 @@
+//! The manager: a thin driver around `placement` with SQLite, agents' connections and the REST API.

@@ -1,0 +1,1 @@
+//! The shadow's side: waiting domain, memory image, journal, promotion.
