@@ -1,3 +1,5 @@
 //! The primary's side: which pages changed, the cut, and the reading of guest memory.
 
 pub mod inject;
+pub mod guard;
+pub mod uffd;

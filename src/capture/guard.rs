@@ -1,0 +1,446 @@
+//! The guard: a small process beside the agent that keeps our promise to the guest when the agent cannot.
+//!
+//! ```text
+//! agent --- seqpacket socket --- guard (child of the agent, own process: a SIGSTOP of the agent does not stop it)
+//!   Watch{slot} + read end  ->          keeps a copy of the read end of QEMU's pipe
+//!   Begin{slot, bound}      ->          from now on QEMU may stand still, waiting for a reader of that pipe
+//!   End{slot}               ->  Ended{fired}
+//!   Inject{pid, what}       ->  Injected + descriptor     (in a child of its own: a hung ptrace is killed)
+//! ```
+//! If `End` does not come within the bound, the guard reads the pipe empty, and goes on until `End`: QEMU finishes
+//! its command and starts the guest, and whatever the agent read of that cut is void (`fired`). If the agent dies,
+//! the socket closes, the guard ends, and QEMU, with no reader left, gets EPIPE and starts the guest as well.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+
+use super::inject::Target;
+
+/// The descriptor the guard finds its socket at.
+const GUARD_SOCKET_FD: RawFd = 3;
+/// An injection takes about half a millisecond; one that takes this long is ended.
+const INJECT_WITHIN: Duration = Duration::from_millis(1_500);
+/// The guard answers at once; an agent that waits this long replaces it.
+const ANSWER_WITHIN: Duration = Duration::from_millis(2_500);
+const MAX_SLOTS: usize = 4096;
+const MESSAGE_BYTES: usize = 512;
+
+/// One guest's pipe in the guard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot(u32);
+
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    #[error("the guard process does not answer: {0}")]
+    Lost(#[source] io::Error),
+    #[error("{0}")]
+    Injection(String),
+    #[error("cannot start the guard process: {0}")]
+    Start(#[source] io::Error),
+}
+
+/// The agent's end.
+pub struct Guard {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    socket: OwnedFd,
+    child: Child,
+    next_slot: u32,
+}
+
+/// What an injection brought.
+#[derive(Debug)]
+pub enum Injected {
+    Userfaultfd(OwnedFd),
+    Pipe { read_end: OwnedFd, write_fd: i32 },
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Injection {
+    Userfaultfd,
+    Pipe,
+    Close(i32),
+}
+
+impl Guard {
+    /// Starts the guard: this executable again, with the word `guard`; `program` overrides it in tests.
+    pub fn start() -> Result<Self, GuardError> {
+        Self::start_program(Command::new("/proc/self/exe"))
+    }
+
+    pub fn start_program(mut command: Command) -> Result<Self, GuardError> {
+        let start = |e: nix::Error| GuardError::Start(e.into());
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(start)?;
+        nix::sys::socket::setsockopt(
+            &ours,
+            nix::sys::socket::sockopt::ReceiveTimeout,
+            &nix::sys::time::TimeVal::new(ANSWER_WITHIN.as_secs() as _, ANSWER_WITHIN.subsec_micros() as _),
+        )
+        .map_err(start)?;
+        let theirs_raw = theirs.as_raw_fd();
+        command.arg("guard");
+        // A group of its own: Ctrl-C in a terminal reaches the agent first, which then ends the guard in order.
+        command.process_group(0);
+        // SAFETY: only async-signal-safe calls between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                if theirs_raw == GUARD_SOCKET_FD {
+                    if libc::fcntl(GUARD_SOCKET_FD, libc::F_SETFD, 0) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                } else if libc::dup2(theirs_raw, GUARD_SOCKET_FD) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().map_err(GuardError::Start)?;
+        Ok(Self { inner: Mutex::new(Inner { socket: ours, child, next_slot: 0 }) })
+    }
+
+    /// Whether the guard process still runs.
+    pub fn is_alive(&self) -> bool {
+        self.lock().child.try_wait().is_ok_and(|status| status.is_none())
+    }
+
+    /// Process number, for logs and tests.
+    pub fn pid(&self) -> u32 {
+        self.lock().child.id()
+    }
+
+    /// Gives the guard a copy of a pipe's read end.
+    pub fn watch(&self, read_end: BorrowedFd) -> Result<Slot, GuardError> {
+        let mut inner = self.lock();
+        let slot = inner.next_slot;
+        inner.next_slot = inner.next_slot.wrapping_add(1);
+        send(&inner.socket, Message::new(Op::Watch, slot, 0), Some(read_end)).map_err(GuardError::Lost)?;
+        Ok(Slot(slot))
+    }
+
+    pub fn unwatch(&self, slot: Slot) -> Result<(), GuardError> {
+        send(&self.lock().socket, Message::new(Op::Unwatch, slot.0, 0), None).map_err(GuardError::Lost)
+    }
+
+    /// From now on, and for at most `bound`, QEMU may wait for us to read its pipe.
+    pub fn begin(&self, slot: Slot, bound: Duration) -> Result<(), GuardError> {
+        send(&self.lock().socket, Message::new(Op::Begin, slot.0, bound.as_micros() as i64), None)
+            .map_err(GuardError::Lost)
+    }
+
+    /// The cut is over. True: the guard had to read the pipe; what we read of it is void.
+    pub fn end(&self, slot: Slot) -> Result<bool, GuardError> {
+        let inner = self.lock();
+        send(&inner.socket, Message::new(Op::End, slot.0, 0), None).map_err(GuardError::Lost)?;
+        let (message, _, _) = receive(&inner.socket).map_err(GuardError::Lost)?;
+        if message.op != Op::Ended as u32 {
+            return Err(GuardError::Lost(io::Error::other("unexpected answer")));
+        }
+        Ok(message.value != 0)
+    }
+
+    /// Makes process `pid` perform a call, see [`super::inject`].
+    pub fn inject(&self, pid: i32, injection: Injection) -> Result<Injected, GuardError> {
+        let inner = self.lock();
+        let (op, value) = match injection {
+            Injection::Userfaultfd => (Op::InjectUserfaultfd, 0),
+            Injection::Pipe => (Op::InjectPipe, 0),
+            Injection::Close(fd) => (Op::InjectClose, i64::from(fd)),
+        };
+        send(&inner.socket, Message::new(op, pid as u32, value), None).map_err(GuardError::Lost)?;
+        let (message, text, fd) = receive(&inner.socket).map_err(GuardError::Lost)?;
+        if message.op != Op::Injected as u32 {
+            return Err(GuardError::Injection(text));
+        }
+        match (injection, fd) {
+            (Injection::Userfaultfd, Some(fd)) => Ok(Injected::Userfaultfd(fd)),
+            (Injection::Pipe, Some(read_end)) => Ok(Injected::Pipe { read_end, write_fd: message.value as i32 }),
+            (Injection::Close(_), None) => Ok(Injected::Closed),
+            _ => Err(GuardError::Injection("the guard's answer lacks its descriptor".into())),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // A stopped guard would never notice that its socket closed. Killing it releases whatever it held.
+        let _ = inner.child.kill();
+        let _ = inner.child.wait();
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(u32)]
+enum Op {
+    Watch = 1,
+    Unwatch,
+    Begin,
+    End,
+    Ended,
+    InjectUserfaultfd,
+    InjectPipe,
+    InjectClose,
+    Injected,
+    InjectFailed,
+}
+
+/// 16 bytes in host order (both ends are the same program on the same host), then, for failures, a text.
+#[derive(Clone, Copy)]
+struct Message {
+    op: u32,
+    slot: u32,
+    value: i64,
+}
+
+impl Message {
+    fn new(op: Op, slot: u32, value: i64) -> Self {
+        Self { op: op as u32, slot, value }
+    }
+
+    fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&self.op.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&self.slot.to_ne_bytes());
+        bytes[8..].copy_from_slice(&self.value.to_ne_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        Some(Self {
+            op: u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?),
+            slot: u32::from_ne_bytes(bytes.get(4..8)?.try_into().ok()?),
+            value: i64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?),
+        })
+    }
+}
+
+fn send(socket: &OwnedFd, message: Message, fd: Option<BorrowedFd>) -> io::Result<()> {
+    send_text(socket, message, "", fd)
+}
+
+fn send_text(socket: &OwnedFd, message: Message, text: &str, fd: Option<BorrowedFd>) -> io::Result<()> {
+    let head = message.to_bytes();
+    let text = &text.as_bytes()[..text.len().min(MESSAGE_BYTES - head.len())];
+    let raw = fd.map(|fd| [fd.as_raw_fd()]);
+    let rights = raw.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
+    let control = rights.as_ref().map_or(&[][..], |r| &r[..]);
+    let parts = [io::IoSlice::new(&head), io::IoSlice::new(text)];
+    sendmsg::<()>(socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
+    let mut bytes = [0u8; MESSAGE_BYTES];
+    let mut control = nix::cmsg_space!(RawFd);
+    let (length, fd) = {
+        let mut parts = [io::IoSliceMut::new(&mut bytes)];
+        let received =
+            recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let mut fd = None;
+        for message in received.cmsgs().map_err(io::Error::from)? {
+            if let ControlMessageOwned::ScmRights(fds) = message {
+                // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
+                fd = fds.first().map(|raw| unsafe { OwnedFd::from_raw_fd(*raw) });
+            }
+        }
+        (received.bytes, fd)
+    };
+    if length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let message = Message::from_bytes(&bytes[..length])
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "short message"))?;
+    Ok((message, String::from_utf8_lossy(&bytes[16..length]).into_owned(), fd))
+}
+
+/// A watched pipe in the guard process.
+struct Watched {
+    read_end: OwnedFd,
+    deadline: Option<Instant>,
+    fired: bool,
+}
+
+/// `virtshadowd guard`: runs until the agent's socket closes.
+pub fn main() -> ! {
+    // SAFETY: the agent passed its socket as this descriptor; nothing else in this process uses it.
+    let socket = unsafe { OwnedFd::from_raw_fd(GUARD_SOCKET_FD) };
+    // SAFETY: prctl with integers only; a name for `ps`. The guard must also not outlive a kill of its agent for
+    // long, but it is the closing of the socket, not a signal, that tells it: it may be in the middle of a release.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"virtshadow-grd".as_ptr()) };
+    let _ = nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    let code = match serve(&socket) {
+        Ok(()) => 0,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+        Err(error) => {
+            eprintln!("virtshadowd guard: {error}");
+            1
+        }
+    };
+    std::process::exit(code)
+}
+
+fn serve(socket: &OwnedFd) -> io::Result<()> {
+    let mut watched: BTreeMap<u32, Watched> = BTreeMap::new();
+    loop {
+        let now = Instant::now();
+        let next = watched.values().filter_map(|w| w.deadline).min();
+        for pipe in watched.values_mut() {
+            if pipe.deadline.is_some_and(|deadline| deadline <= now) {
+                pipe.deadline = None;
+                pipe.fired = true;
+            }
+        }
+        let mut polled = vec![libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
+        polled.extend(watched.values().filter(|w| w.fired).map(|w| libc::pollfd {
+            fd: w.read_end.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }));
+        let timeout_ms = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as i32 + 1);
+        // SAFETY: the array is live and its length is passed.
+        if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout_ms) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(error);
+        }
+        for pipe in polled[1..].iter().filter(|p| p.revents & libc::POLLIN != 0) {
+            discard(pipe.fd);
+        }
+        if polled[0].revents != 0 {
+            let (message, _, fd) = receive(socket)?;
+            handle(socket, &mut watched, message, fd)?;
+        }
+    }
+}
+
+/// Reads and forgets what a pipe holds: QEMU goes on.
+fn discard(fd: RawFd) {
+    let mut buffer = [0u8; 65536];
+    // SAFETY: poll said there is something to read, so this does not block; the buffer's length is passed.
+    unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+}
+
+fn handle(
+    socket: &OwnedFd,
+    watched: &mut BTreeMap<u32, Watched>,
+    message: Message,
+    fd: Option<OwnedFd>,
+) -> io::Result<()> {
+    let slot = message.slot;
+    match message.op {
+        op if op == Op::Watch as u32 => {
+            if let Some(read_end) = fd.filter(|_| watched.len() < MAX_SLOTS) {
+                watched.insert(slot, Watched { read_end, deadline: None, fired: false });
+            }
+        }
+        op if op == Op::Unwatch as u32 => {
+            watched.remove(&slot);
+        }
+        op if op == Op::Begin as u32 => {
+            if let Some(pipe) = watched.get_mut(&slot) {
+                pipe.deadline = Some(Instant::now() + Duration::from_micros(message.value.max(0) as u64));
+                pipe.fired = false;
+            }
+        }
+        op if op == Op::End as u32 => {
+            let fired = watched.get_mut(&slot).is_none_or(|pipe| {
+                pipe.deadline = None;
+                std::mem::take(&mut pipe.fired)
+            });
+            send(socket, Message::new(Op::Ended, slot, i64::from(fired)), None)?;
+        }
+        op if op == Op::InjectUserfaultfd as u32 || op == Op::InjectPipe as u32 || op == Op::InjectClose as u32 => {
+            inject_in_child(socket, watched, message)?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Runs an injection in a child, which answers the agent itself, and ends it if it hangs; the pipes stay watched.
+fn inject_in_child(socket: &OwnedFd, watched: &mut BTreeMap<u32, Watched>, message: Message) -> io::Result<()> {
+    // SAFETY: this process has one thread, so the child may do anything after fork.
+    let child = unsafe { libc::fork() };
+    if child < 0 {
+        let text = format!("cannot fork: {}", io::Error::last_os_error());
+        return send_text(socket, Message::new(Op::InjectFailed, 0, 0), &text, None);
+    }
+    if child == 0 {
+        let sent = perform(socket, message);
+        // SAFETY: ends the child without running the parent's destructors.
+        unsafe { libc::_exit(i32::from(sent.is_err())) };
+    }
+    let deadline = Instant::now() + INJECT_WITHIN;
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call.
+        let ended = unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) };
+        if ended != 0 {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            // SAFETY: our own child, not yet reaped, so the number is still its.
+            unsafe {
+                libc::kill(child, libc::SIGKILL);
+                libc::waitpid(child, &mut status, 0);
+            }
+            let text = format!("making process {} call took over {} ms", message.slot, INJECT_WITHIN.as_millis());
+            return send_text(socket, Message::new(Op::InjectFailed, 0, 0), &text, None);
+        }
+        let now = Instant::now();
+        for pipe in watched.values_mut() {
+            if pipe.deadline.is_some_and(|at| at <= now) {
+                pipe.deadline = None;
+                pipe.fired = true;
+            }
+            if pipe.fired {
+                let mut one = libc::pollfd { fd: pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                // SAFETY: one live element.
+                if unsafe { libc::poll(&mut one, 1, 0) } > 0 && one.revents & libc::POLLIN != 0 {
+                    discard(one.fd);
+                }
+            }
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+fn perform(socket: &OwnedFd, message: Message) -> io::Result<()> {
+    let pid = message.slot as i32;
+    let failed = |text: String| send_text(socket, Message::new(Op::InjectFailed, 0, 0), &text, None);
+    let target = match Target::open(pid) {
+        Ok(target) => target,
+        Err(error) => return failed(error.to_string()),
+    };
+    let outcome = match message.op {
+        op if op == Op::InjectUserfaultfd as u32 => target.userfaultfd().map(|fd| (0, Some(fd))),
+        op if op == Op::InjectPipe as u32 => target.pipe().map(|pipe| (pipe.write_fd, Some(pipe.read_end))),
+        _ => target.close(message.value as i32).map(|()| (0, None)),
+    };
+    match outcome {
+        Ok((value, fd)) => {
+            let fd = fd.as_ref().map(AsFd::as_fd);
+            send(socket, Message::new(Op::Injected, 0, i64::from(value)), fd)
+        }
+        Err(error) => failed(error.to_string()),
+    }
+}
