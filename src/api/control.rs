@@ -6,7 +6,8 @@
 //!   Hello  ------------------------------->        version checked, host registered
 //!          <------------------------------- Welcome | Refused (then closed)
 //!   Heartbeat every heartbeat_ms --------->        silence is what makes a host suspect
-//!   Event (a guest died, stopped, moved) ->
+//!   Event { seq } (a guest died, moved) -->        kept by the agent until acknowledged
+//!          <------------------------------- EventSeen { seq }
 //!          <------------------------------- Request { id, command }
 //!   Reply { id } ------------------------->
 //!   Api { id, a REST call made here } ---->        the manager answers for the whole fleet
@@ -15,7 +16,7 @@
 //! Commands say what shall be (`Protect`, `AcceptShadow`), not how to get there; repeating one is harmless. Every
 //! command about a guest carries its term: an agent that knows a higher one refuses.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +24,7 @@ use super::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyRepo
 
 /// Grows with every incompatible change; both sides must have the same.
 pub const CONTROL_VERSION: u32 = 1;
-/// Longest frame either side accepts.
+/// Longest frame either side accepts, bytes.
 pub const MAX_FRAME_BYTES: usize = 4 << 20;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,7 +32,13 @@ pub const MAX_FRAME_BYTES: usize = 4 << 20;
 pub enum ToManager {
     Hello(AgentHello),
     Heartbeat(Heartbeat),
-    Event(GuestEvent),
+    /// `seq` counts from 1 since the agent started; sent again after a reconnection until acknowledged, so the
+    /// manager may see one twice.
+    Event {
+        seq: u64,
+        #[serde(flatten)]
+        event: GuestEvent,
+    },
     Reply {
         id: u64,
         #[serde(flatten)]
@@ -48,10 +55,26 @@ pub enum ToManager {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "type")]
 pub enum ToAgent {
-    Welcome { heartbeat_ms: u64, version: String },
-    Refused { reason: String },
-    Request { id: u64, command: Command },
-    ApiReply { id: u64, status: u16, body: serde_json::Value },
+    Welcome {
+        heartbeat_ms: u64,
+        version: String,
+    },
+    Refused {
+        reason: String,
+    },
+    Request {
+        id: u64,
+        command: Command,
+    },
+    ApiReply {
+        id: u64,
+        status: u16,
+        body: serde_json::Value,
+    },
+    /// All events up to and including `seq` have been taken.
+    EventSeen {
+        seq: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,6 +85,9 @@ pub struct AgentHello {
     pub host: String,
     pub rack: String,
     pub sync_port: u16,
+    /// Address other hosts reach the sync port at; none: the one this connection comes from.
+    #[serde(default)]
+    pub sync_ip: Option<IpAddr>,
     pub tracker: String,
     /// What this host's records say it runs or keeps; the manager answers with what shall be.
     pub records: Vec<GuestRecord>,
@@ -175,6 +201,8 @@ pub enum Command {
     /// Does that address answer (TCP connect, a refusal counts) within `timeout_ms`? Asked of shadow hosts before
     /// a promotion; also says how long ago the primary's stream of `uuid` was last heard. -> [`Done::Witnessed`]
     Witness { addr: SocketAddr, timeout_ms: u64, uuid: Option<String> },
+    /// What a shadow's own host knows of it right now; asked before a promotion. -> [`Done::Shadow`]
+    ShadowStatus { uuid: String },
     /// -> [`Done::Doctor`]
     Doctor,
 }
@@ -196,10 +224,31 @@ pub enum Outcome {
 #[serde(rename_all = "kebab-case", tag = "done")]
 pub enum Done {
     Nothing,
-    Described { uuid: String, domain: String, memory_bytes: u64, running: bool, refusals: Vec<String> },
-    Promoted { epoch: u64, took_us: u64 },
-    FinalCut { epoch: u64, pause_began_us: u64 },
+    Described {
+        uuid: String,
+        domain: String,
+        memory_bytes: u64,
+        running: bool,
+        refusals: Vec<String>,
+    },
+    Promoted {
+        epoch: u64,
+        took_us: u64,
+    },
+    /// `paused_for_us`: how long the guest had stood still when this answer was sent (clocks of two hosts cannot be
+    /// compared, so the manager adds its own time from here to the answer of `Promote`).
+    FinalCut {
+        epoch: u64,
+        paused_for_us: u64,
+    },
     Verified(VerifyReport),
-    Witnessed { answers: bool, stream_silent_ms: Option<u64> },
+    Witnessed {
+        answers: bool,
+        stream_silent_ms: Option<u64>,
+    },
+    /// None: this host has no shadow of that guest.
+    Shadow {
+        status: Option<ShadowStatus>,
+    },
     Doctor(DoctorReport),
 }
