@@ -7,9 +7,11 @@
 //!   End{slot}               ->  Ended{fired}
 //!   Inject{pid, what}       ->  Injected + descriptor     (in a child of its own: a hung ptrace is killed)
 //! ```
-//! If `End` does not come within the bound, the guard reads the pipe empty, and goes on until `End`: QEMU finishes
-//! its command and starts the guest, and whatever the agent read of that cut is void (`fired`). If the agent dies,
-//! the socket closes, the guard ends, and QEMU, with no reader left, gets EPIPE and starts the guest as well.
+//! Outside a cut the guard reads every pipe empty: a command that reaches QEMU late, when nobody waits for it any
+//! more, must not hold the guest. `Begin` leaves the pipe to the agent; if `End` does not come within the bound, the
+//! guard reads again: QEMU finishes its command and starts the guest, and whatever the agent read of that cut is
+//! void (`fired`). If the agent dies, the socket closes, the guard ends, and QEMU, with no reader left, gets EPIPE
+//! and starts the guest as well.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -273,8 +275,41 @@ fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
 /// A watched pipe in the guard process.
 struct Watched {
     read_end: OwnedFd,
+    /// Until when the agent may read the pipe; `None`: we do.
     deadline: Option<Instant>,
     fired: bool,
+    /// QEMU ended: no writer is left.
+    dead: bool,
+}
+
+impl Watched {
+    fn check_deadline(&mut self, now: Instant) {
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            self.deadline = None;
+            self.fired = true;
+        }
+    }
+
+    fn is_ours_to_read(&self) -> bool {
+        self.deadline.is_none() && !self.dead
+    }
+
+    /// Reads and forgets what the pipe holds: QEMU goes on.
+    fn discard(&mut self) {
+        let mut polled = libc::pollfd { fd: self.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut buffer = [0u8; 65536];
+        // SAFETY: one live element; then a read that does not block, into a buffer whose length is passed.
+        unsafe {
+            if libc::poll(&mut polled, 1, 0) <= 0 {
+                return;
+            }
+            if polled.revents & libc::POLLIN != 0 {
+                libc::read(polled.fd, buffer.as_mut_ptr().cast(), buffer.len());
+            } else {
+                self.dead = true;
+            }
+        }
+    }
 }
 
 /// `virtshadowd guard`: runs until the agent's socket closes.
@@ -300,43 +335,35 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     let mut watched: BTreeMap<u32, Watched> = BTreeMap::new();
     loop {
         let now = Instant::now();
-        let next = watched.values().filter_map(|w| w.deadline).min();
-        for pipe in watched.values_mut() {
-            if pipe.deadline.is_some_and(|deadline| deadline <= now) {
-                pipe.deadline = None;
-                pipe.fired = true;
-            }
-        }
+        watched.values_mut().for_each(|pipe| pipe.check_deadline(now));
+        let next = watched.values().filter_map(|pipe| pipe.deadline).min();
         let mut polled = vec![libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
-        polled.extend(watched.values().filter(|w| w.fired).map(|w| libc::pollfd {
-            fd: w.read_end.as_raw_fd(),
+        polled.extend(watched.values().filter(|pipe| pipe.is_ours_to_read()).map(|pipe| libc::pollfd {
+            fd: pipe.read_end.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         }));
         let timeout_ms = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as i32 + 1);
-        // SAFETY: the array is live and its length is passed.
-        if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout_ms) } < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            return Err(error);
-        }
-        for pipe in polled[1..].iter().filter(|p| p.revents & libc::POLLIN != 0) {
-            discard(pipe.fd);
-        }
+        poll(&mut polled, timeout_ms)?;
         if polled[0].revents != 0 {
+            // Orders first: a `Begin` was sent before the bytes that it keeps for the agent.
             let (message, _, fd) = receive(socket)?;
             handle(socket, &mut watched, message, fd)?;
+            continue;
         }
+        watched.values_mut().filter(|pipe| pipe.is_ours_to_read()).for_each(Watched::discard);
     }
 }
 
-/// Reads and forgets what a pipe holds: QEMU goes on.
-fn discard(fd: RawFd) {
-    let mut buffer = [0u8; 65536];
-    // SAFETY: poll said there is something to read, so this does not block; the buffer's length is passed.
-    unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+fn poll(polled: &mut [libc::pollfd], timeout_ms: i32) -> io::Result<()> {
+    // SAFETY: the array is live and its length is passed.
+    if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout_ms) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 fn handle(
@@ -349,7 +376,7 @@ fn handle(
     match message.op {
         op if op == Op::Watch as u32 => {
             if let Some(read_end) = fd.filter(|_| watched.len() < MAX_SLOTS) {
-                watched.insert(slot, Watched { read_end, deadline: None, fired: false });
+                watched.insert(slot, Watched { read_end, deadline: None, fired: false, dead: false });
             }
         }
         op if op == Op::Unwatch as u32 => {
@@ -357,8 +384,8 @@ fn handle(
         }
         op if op == Op::Begin as u32 => {
             if let Some(pipe) = watched.get_mut(&slot) {
-                pipe.deadline = Some(Instant::now() + Duration::from_micros(message.value.max(0) as u64));
                 pipe.fired = false;
+                pipe.deadline = Some(Instant::now() + Duration::from_micros(message.value.max(0) as u64));
             }
         }
         op if op == Op::End as u32 => {
@@ -408,16 +435,10 @@ fn inject_in_child(socket: &OwnedFd, watched: &mut BTreeMap<u32, Watched>, messa
         }
         let now = Instant::now();
         for pipe in watched.values_mut() {
-            if pipe.deadline.is_some_and(|at| at <= now) {
-                pipe.deadline = None;
-                pipe.fired = true;
-            }
+            pipe.check_deadline(now);
+            // Only those known to be void: a `Begin` may wait in the socket for the others.
             if pipe.fired {
-                let mut one = libc::pollfd { fd: pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-                // SAFETY: one live element.
-                if unsafe { libc::poll(&mut one, 1, 0) } > 0 && one.revents & libc::POLLIN != 0 {
-                    discard(one.fd);
-                }
+                pipe.discard();
             }
         }
         std::thread::sleep(Duration::from_micros(50));

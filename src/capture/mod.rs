@@ -3,3 +3,6 @@
 pub mod inject;
 pub mod guard;
 pub mod uffd;
+pub mod cutter;
+pub mod memory;
+pub mod tracker;

@@ -1,1 +1,37 @@
-//! Streams between hosts.
+//! Streams between hosts: TCP with bounded waits, so that a dead peer is noticed.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+
+/// A peer that takes longer to accept a connection is tried again later.
+pub const CONNECT_WITHIN: Duration = Duration::from_millis(1_000);
+/// Bytes that stay unacknowledged this long end the connection: the link or the peer is gone.
+const UNACKNOWLEDGED_FOR: Duration = Duration::from_millis(3_000);
+
+/// Opens a stream to another agent's sync port.
+pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&addr, CONNECT_WITHIN)?;
+    tune(&stream)?;
+    Ok(stream)
+}
+
+/// Sets what every stream between agents has: no delay of small messages, and an end when the peer is silent.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_FOR))?;
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(2)).with_interval(Duration::from_secs(1)).with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// Whether the kernel of a host answers at all: a connection and its refusal both count, silence does not.
+pub fn answers(addr: SocketAddr, within: Duration) -> bool {
+    match TcpStream::connect_timeout(&addr, within) {
+        Ok(_) => true,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
+    }
+}

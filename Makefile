@@ -1,0 +1,55 @@
+# Everything a newcomer needs: `make demo` and `make test` install what is missing (Debian 12, root) and build.
+CARGO ?= cargo
+PROFILE ?= release
+TARGET := $(if $(filter release,$(PROFILE)),release,debug)
+CARGO_PROFILE := $(if $(filter release,$(PROFILE)),--release,)
+BIN := target/$(TARGET)
+
+.PHONY: help setup build demo test lint bench docs install clean
+
+help:
+	@echo "make demo             set up, build, and lose a host under a running guest"
+	@echo "make test             set up, lint, format check and all tests"
+	@echo "make bench [BENCH=x]  benchmarks, beside a peer or a limit (FORMAT=json for programs)"
+	@echo "make docs             man pages and completions into target/docs"
+	@echo "make install          into DESTDIR and PREFIX (default /usr)"
+
+setup:
+	@src/integrations/debian/setup.sh
+
+build: setup
+	@echo "build: $(TARGET) (a few minutes the first time)"
+	@$(CARGO) build --locked $(CARGO_PROFILE) --bins
+
+demo: build
+	@$(BIN)/virt-shadow-lab demo $(if $(FORMAT),--format $(FORMAT))
+
+lint: setup
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --locked --workspace --all-targets $(CARGO_PROFILE) -- -D warnings
+
+# The tests with real hosts share two cores: one at a time.
+test: lint
+	@$(CARGO) build --locked $(CARGO_PROFILE) --bins
+	@$(CARGO) test --locked $(CARGO_PROFILE) --workspace -- --test-threads=$(or $(TEST_THREADS),2)
+
+bench: build
+	@$(BIN)/virt-shadow-lab bench $(BENCH) $(if $(FORMAT),--format $(FORMAT))
+
+docs: build
+	@mkdir -p target/docs/man target/docs/completions
+	@$(BIN)/virt-shadow man target/docs/man
+	@$(BIN)/virt-shadow completion bash > target/docs/completions/virt-shadow
+	@echo "docs: target/docs"
+
+PREFIX ?= /usr
+install: build docs
+	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/virt-shadow $(BIN)/virt-shadow-lab
+	install -Dm755 -t $(DESTDIR)$(PREFIX)/sbin $(BIN)/virtshadowd
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/docs/man/*.1
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/docs/completions/virt-shadow
+	install -Dm755 src/integrations/libvirt/virt-shadow-hook $(DESTDIR)/etc/libvirt/hooks/qemu.d/virt-shadow
+	install -Dm644 src/integrations/systemd/virtshadowd.service $(DESTDIR)/lib/systemd/system/virtshadowd.service
+
+clean:
+	@$(CARGO) clean

@@ -1,0 +1,166 @@
+//! Connections of one protected guest to its shadows' hosts: one reader and one writer thread each, connecting
+//! again for as long as the shadow is wanted.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmsync::wire::{TargetDecoder, TargetMessage};
+
+use crate::transport;
+
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_millis(1_000);
+
+#[derive(Debug)]
+pub enum PeerEvent {
+    Connected,
+    Received(TargetMessage),
+    /// That many more bytes were handed to the kernel.
+    Written(u64),
+    Lost(String),
+}
+
+/// Called on the connection's threads; must not block.
+pub type PeerSink = Arc<dyn Fn(PeerEvent) + Send + Sync>;
+
+/// A shadow's host we keep a connection to. Dropped, the connection ends.
+pub struct PeerLink {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    wanted: AtomicBool,
+    connection: Mutex<Option<Connection>>,
+}
+
+struct Connection {
+    stream: TcpStream,
+    outgoing: Sender<Arc<[u8]>>,
+}
+
+impl PeerLink {
+    pub fn start(host: &str, addr: SocketAddr, sink: PeerSink) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { wanted: AtomicBool::new(true), connection: Mutex::new(None) });
+        let (of_thread, host) = (Arc::clone(&shared), host.to_owned());
+        std::thread::Builder::new()
+            .name(format!("peer-{host}"))
+            .spawn(move || keep_connected(&of_thread, &host, addr, &sink))?;
+        Ok(Self { shared })
+    }
+
+    /// Queues bytes. The queue is bounded by whoever counts [`PeerEvent::Written`]. Nothing happens while the
+    /// connection is down: `Lost` has been or will be told.
+    pub fn send(&self, bytes: Arc<[u8]>) {
+        if let Some(connection) = self.shared.connection().as_ref() {
+            let _ = connection.outgoing.send(bytes);
+        }
+    }
+
+    /// Ends the present connection; a new one is opened.
+    pub fn reset(&self) {
+        if let Some(connection) = self.shared.connection().as_ref() {
+            let _ = connection.stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for PeerLink {
+    fn drop(&mut self) {
+        self.shared.wanted.store(false, Ordering::Release);
+        self.reset();
+    }
+}
+
+impl Shared {
+    fn connection(&self) -> std::sync::MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+}
+
+fn keep_connected(shared: &Arc<Shared>, host: &str, addr: SocketAddr, sink: &PeerSink) {
+    let mut backoff = BACKOFF_MIN;
+    let mut reported = String::new();
+    while shared.wanted() {
+        let reason = match transport::connect(addr) {
+            Ok(stream) => {
+                backoff = BACKOFF_MIN;
+                tracing::info!(host, %addr, "connected");
+                run_connection(shared, stream, sink)
+            }
+            Err(error) => format!("cannot connect to {host} ({addr}): {error}"),
+        };
+        if !shared.wanted() {
+            break;
+        }
+        if reason != reported {
+            tracing::warn!(host, reason, "no connection to a shadow's host");
+            reported.clone_from(&reason);
+        }
+        sink(PeerEvent::Lost(reason));
+        std::thread::sleep(backoff);
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+/// Serves one connection until it ends; why it ended.
+fn run_connection(shared: &Arc<Shared>, stream: TcpStream, sink: &PeerSink) -> String {
+    let (Ok(reading), Ok(writing)) = (stream.try_clone(), stream.try_clone()) else {
+        return "out of file descriptors".into();
+    };
+    let (outgoing, queued) = channel();
+    let writer_sink = Arc::clone(sink);
+    let writer = std::thread::Builder::new().name("peer-writer".into()).spawn(move || {
+        write_all(writing, &queued, &writer_sink);
+    });
+    let Ok(writer) = writer else { return "cannot start a thread".into() };
+    *shared.connection() = Some(Connection { stream, outgoing });
+    if shared.wanted() {
+        sink(PeerEvent::Connected);
+    }
+    let reason = read_all(reading, sink);
+    // Dropping the queue's sender ends the writer; shutting the socket down ends a write that waits.
+    if let Some(connection) = shared.connection().take() {
+        let _ = connection.stream.shutdown(Shutdown::Both);
+    }
+    let _ = writer.join();
+    reason
+}
+
+fn read_all(mut stream: TcpStream, sink: &PeerSink) -> String {
+    let mut decoder = TargetDecoder::new();
+    let mut buffer = vec![0u8; 64 << 10];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return "the connection was closed".into(),
+            Ok(read) => decoder.push(&buffer[..read]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return format!("the connection broke: {error}"),
+        }
+        loop {
+            match decoder.next_message() {
+                Ok(Some(message)) => sink(PeerEvent::Received(message)),
+                Ok(None) => break,
+                Err(error) => return format!("the shadow's host sent something wrong: {error}"),
+            }
+        }
+    }
+}
+
+fn write_all(mut stream: TcpStream, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
+    while let Ok(bytes) = queued.recv() {
+        if stream.write_all(&bytes).is_err() {
+            // The reader tells the reason; ending the socket makes it look.
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+        sink(PeerEvent::Written(bytes.len() as u64));
+    }
+}

@@ -1,0 +1,313 @@
+//! The cut: one monitor command that stops the guest, hands its device state out through a one-page pipe and starts
+//! it again, during whose stop the written pages are found and copied.
+//!
+//! ```text
+//! agent                                   QEMU
+//! guard.begin ----------------------------------------> (guard: from now on at most `bound`)
+//! xen-save-devices-state -- libvirt -->   stops the vCPUs, drains I/O
+//!                        <-- pipe -----   writes the state; blocks: the pipe holds one page
+//! collect written pages, copy them        (guest stopped)
+//! read the pipe empty                     finishes, starts the guest
+//!                        <-- reply ----
+//! guard.end ------------------------------------------> void if it fired
+//! ```
+//! Whatever fails in between, the guest is started by QEMU itself; the pages found are carried into the next cut.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vmsync::batch::PageBatch;
+use vmsync::page_set::PageSet;
+
+use super::guard::{Guard, GuardError, Slot};
+use super::memory::{GuestMemory, MemoryError};
+use super::tracker::{Tracker, TrackerError};
+
+/// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
+pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
+/// Largest device state accepted; 200 KB is usual.
+pub const MAX_DEVICE_STATE_BYTES: usize = 64 << 20;
+/// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.
+const QUIET_FOR: Duration = Duration::from_millis(20);
+
+#[derive(Debug, thiserror::Error)]
+pub enum CutError {
+    #[error("the monitor refused the cut: {0}")]
+    Monitor(String),
+    #[error("the watchdog let the guest go: the cut took more than {} ms", .0.as_millis())]
+    WatchdogFired(Duration),
+    #[error("the guard failed: {0}")]
+    Guard(#[from] GuardError),
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("device state: {0}")]
+    DeviceState(String),
+    #[error("pipe from QEMU: {0}")]
+    Pipe(#[source] io::Error),
+}
+
+/// What one cut brought.
+pub struct Captured {
+    /// Pages written since the cut before, and their contents.
+    pub dirty: PageSet,
+    pub pages: PageBatch,
+    /// Contents of the pages asked for besides.
+    pub extras: PageBatch,
+    pub device_state: Vec<u8>,
+    /// When the guest was seen stopped.
+    pub at: Instant,
+    /// From there until its state was read whole: the guest starts about then.
+    pub held: Duration,
+    /// Of that, finding the written pages, and copying them.
+    pub scan: Duration,
+    pub copy: Duration,
+}
+
+/// QEMU's pipe: our read end, and the number of the write end that QEMU opens again for each cut.
+pub struct StatePipe {
+    read_end: File,
+    write_fd: i32,
+}
+
+impl StatePipe {
+    /// Sets the pipe to one page, so that QEMU waits for us after the first bytes.
+    pub fn new(read_end: OwnedFd, write_fd: i32) -> io::Result<Self> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        fcntl(&read_end, FcntlArg::F_SETPIPE_SZ(4096))?;
+        fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(Self { read_end: File::from(read_end), write_fd })
+    }
+
+    pub fn write_fd(&self) -> i32 {
+        self.write_fd
+    }
+}
+
+/// Cuts one guest.
+pub struct Cutter {
+    guard: Arc<Guard>,
+    slot: Slot,
+    pipe: StatePipe,
+    monitor: MonitorThread,
+    memory: GuestMemory,
+    tracker: Box<dyn Tracker>,
+    /// Pages found by cuts that failed: their contents never left.
+    carried: PageSet,
+    bound: Duration,
+    state_bytes_hint: usize,
+    /// Buffers of an earlier cut, given back: fresh memory would fault page by page while the guest waits.
+    spare: PageBatch,
+}
+
+impl Cutter {
+    pub fn new(
+        guard: Arc<Guard>,
+        pipe: StatePipe,
+        call: MonitorCall,
+        memory: GuestMemory,
+        tracker: Box<dyn Tracker>,
+        bound: Duration,
+    ) -> Result<Self, CutError> {
+        let slot = guard.watch(pipe.read_end.as_fd())?;
+        let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
+        let carried = PageSet::new(memory.layout());
+        Ok(Self { guard, slot, pipe, monitor, memory, tracker, carried, bound, state_bytes_hint: 64 << 10, spare: PageBatch::new() })
+    }
+
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    pub fn tracker_name(&self) -> &'static str {
+        self.tracker.name()
+    }
+
+    /// Gives the buffers of an earlier cut back for the next.
+    pub fn recycle(&mut self, pages: PageBatch) {
+        self.spare = pages;
+    }
+
+    /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
+    pub fn prepare(&mut self) -> Result<bool, CutError> {
+        let (memory, mut ready) = (self.memory.clone(), false);
+        self.stopped(|tracker, _| {
+            ready = tracker.prepare_part(&memory)?;
+            Ok(())
+        })?;
+        Ok(ready)
+    }
+
+    /// Cuts, and reads the contents of `extras` besides the written pages.
+    pub fn cut(&mut self, extras: &PageSet) -> Result<Captured, CutError> {
+        let memory = self.memory.clone();
+        let mut dirty = PageSet::new(memory.layout());
+        let (mut pages, mut extra_pages) = (std::mem::take(&mut self.spare), PageBatch::new());
+        let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
+        let outcome = self.stopped(|tracker, carried| {
+            let began = Instant::now();
+            // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
+            dirty.union_with(carried);
+            let found = tracker.collect(&memory, &mut dirty);
+            carried.union_with(&dirty);
+            found?;
+            scan = began.elapsed();
+            pages = memory.read(dirty.iter(), std::mem::take(&mut pages))?;
+            extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
+            copy = began.elapsed() - scan;
+            Ok(())
+        });
+        let (device_state, at, held) = outcome?;
+        self.carried.clear();
+        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy })
+    }
+
+    /// Runs `work` while the guest is stopped. Returns its device state, when it was seen stopped and for how long.
+    fn stopped(
+        &mut self,
+        mut work: impl FnMut(&mut dyn Tracker, &mut PageSet) -> Result<(), CutError>,
+    ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
+        self.guard.begin(self.slot, self.bound)?;
+        let command = format!(
+            r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"/proc/self/fd/{}","live":false}}}}"#,
+            self.pipe.write_fd
+        );
+        self.monitor.send(command);
+        let mut worked = None;
+        let mut began = None;
+        let mut state = Vec::with_capacity(self.state_bytes_hint);
+        let answer = loop {
+            let (readable, answered) = self.wait(Duration::from_secs(1)).map_err(CutError::Pipe)?;
+            if readable {
+                if began.is_none() {
+                    began = Some(Instant::now());
+                    worked = Some(work(&mut *self.tracker, &mut self.carried));
+                }
+                self.read_available(&mut state)?;
+            }
+            if answered {
+                let answer = self.monitor.answer();
+                self.drain(&mut state, answer.is_err())?;
+                break answer;
+            }
+        };
+        let ended = Instant::now();
+        let fired = self.guard.end(self.slot)?;
+        if fired {
+            return Err(CutError::WatchdogFired(self.bound));
+        }
+        answer.map_err(CutError::Monitor)?;
+        let (Some(began), Some(worked)) = (began, worked) else {
+            return Err(CutError::DeviceState("QEMU answered without writing any".into()));
+        };
+        worked?;
+        if !state.starts_with(b"QEVM") {
+            return Err(CutError::DeviceState("it does not begin with QEMU's magic word".into()));
+        }
+        self.state_bytes_hint = state.len() + 4096;
+        Ok((state, began, ended - began))
+    }
+
+    /// Waits for bytes in the pipe or the monitor's answer.
+    fn wait(&self, timeout: Duration) -> io::Result<(bool, bool)> {
+        let pollfd = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut polled = [pollfd(self.pipe.read_end.as_raw_fd()), pollfd(self.monitor.done.as_fd().as_raw_fd())];
+        // SAFETY: two live elements.
+        if unsafe { libc::poll(polled.as_mut_ptr(), 2, timeout.as_millis() as i32) } < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::Interrupted { Ok((false, false)) } else { Err(error) };
+        }
+        Ok((polled[0].revents & libc::POLLIN != 0, polled[1].revents & libc::POLLIN != 0))
+    }
+
+    fn read_available(&mut self, state: &mut Vec<u8>) -> Result<(), CutError> {
+        let mut buffer = [0u8; 16384];
+        loop {
+            match self.pipe.read_end.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(_) if state.len() > MAX_DEVICE_STATE_BYTES => {} // read on: QEMU must not be left waiting
+                Ok(read) => state.extend_from_slice(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(CutError::Pipe(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is left after the answer. After a failed command QEMU may still be writing (libvirt died between
+    /// us): read until it is quiet.
+    fn drain(&mut self, state: &mut Vec<u8>, failed: bool) -> Result<(), CutError> {
+        self.read_available(state)?;
+        while failed {
+            let mut polled =
+                libc::pollfd { fd: self.pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one live element.
+            let ready = unsafe { libc::poll(&mut polled, 1, QUIET_FOR.as_millis() as i32) };
+            if ready <= 0 || polled.revents & libc::POLLIN == 0 {
+                break;
+            }
+            self.read_available(state)?;
+        }
+        if state.len() > MAX_DEVICE_STATE_BYTES {
+            return Err(CutError::DeviceState(format!("more than {MAX_DEVICE_STATE_BYTES} bytes")));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        let _ = self.guard.unwatch(self.slot);
+    }
+}
+
+/// The monitor call blocks until QEMU answers, and QEMU answers only after the pipe was read: a thread of its own.
+struct MonitorThread {
+    commands: Option<SyncSender<String>>,
+    answers: Receiver<Result<(), String>>,
+    done: Arc<EventFd>,
+}
+
+impl MonitorThread {
+    fn start(call: MonitorCall) -> io::Result<Self> {
+        let (commands, orders) = sync_channel::<String>(1);
+        let (results, answers) = sync_channel(1);
+        let done = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
+        let signal = Arc::clone(&done);
+        std::thread::Builder::new().name("cut-monitor".into()).spawn(move || {
+            while let Ok(command) = orders.recv() {
+                let result = call(&command);
+                if results.send(result).is_err() || signal.write(1).is_err() {
+                    break;
+                }
+            }
+        })?;
+        Ok(Self { commands: Some(commands), answers, done })
+    }
+
+    fn send(&self, command: String) {
+        // The thread ends only when this sender is dropped, so it is there; a lost answer shows as a refused cut.
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(command);
+        }
+    }
+
+    fn answer(&self) -> Result<(), String> {
+        let _ = self.done.read();
+        self.answers.recv().unwrap_or_else(|_| Err("the monitor thread ended".into()))
+    }
+}
+
+impl Drop for MonitorThread {
+    fn drop(&mut self) {
+        self.commands = None;
+    }
+}
