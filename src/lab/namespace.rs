@@ -1,0 +1,157 @@
+//! Network namespaces by name, the fabric of bridges in them, and processes started in namespaces of their own.
+//!
+//! ```text
+//!   client   manager            fabric namespace
+//!      \        |        ┌──────────────────────────────┐
+//!       `-------`------->│ spine ── rack1 ── (port host1)│── uplink ─ br0 of host1 ─ taps of its guests
+//!                        │       `─ rack2 ── (port host2)│── uplink ─ br0 of host2
+//!                        └──────────────────────────────┘
+//! ```
+//! Nothing is connected to the machine's own network. A port of the fabric is named by the node at its other end, so
+//! cutting a cable is taking that port down.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::error::{LabError, Result};
+use super::process::{in_netns, ns_inode, run, run_with_input};
+use super::state::NET_PREFIX_LEN;
+
+const NETNS_DIR: &str = "/run/netns";
+pub const FABRIC: &str = "fabric";
+pub const SPINE: &str = "spine";
+/// Name inside a node of its end of the cable.
+const UPLINK: &str = "uplink";
+/// Bridge of a host, which its guests' taps join.
+pub const HOST_BRIDGE: &str = "br0";
+const BRIDGE_OPTIONS: &str = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0";
+
+pub fn netns_name(lab: &str, node: &str) -> String {
+    format!("vsl.{lab}.{node}")
+}
+
+pub fn netns_path(lab: &str, node: &str) -> PathBuf {
+    Path::new(NETNS_DIR).join(netns_name(lab, node))
+}
+
+/// Names of the nodes of `lab` that have a network namespace.
+pub fn list(lab: &str) -> Vec<String> {
+    let prefix = netns_name(lab, "");
+    let Ok(entries) = std::fs::read_dir(NETNS_DIR) else { return Vec::new() };
+    entries.flatten().filter_map(|e| e.file_name().to_str()?.strip_prefix(&prefix).map(str::to_owned)).collect()
+}
+
+/// Makes the namespace with its loopback up and without IPv6, whose chatter would only blur measurements.
+pub fn add(lab: &str, node: &str) -> Result<()> {
+    run(Command::new("ip").args(["netns", "add", &netns_name(lab, node)]))?;
+    enter(&netns_path(lab, node), || {
+        // Absent in a kernel without IPv6.
+        for scope in ["all", "default"] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1");
+        }
+    })?;
+    batch(lab, node, "link set lo up")
+}
+
+/// Ends every process in the namespace and removes it.
+pub fn remove(lab: &str, node: &str) -> Result<()> {
+    let path = netns_path(lab, node);
+    if let Some(inode) = ns_inode(&path) {
+        let left = in_netns(inode);
+        left.iter().try_for_each(|p| p.kill())?;
+        left.iter().try_for_each(|p| p.wait_end())?;
+    }
+    if path.exists() {
+        run(Command::new("ip").args(["netns", "delete", &netns_name(lab, node)]))?;
+    }
+    Ok(())
+}
+
+/// Runs `ip` commands, one a line, in the namespace of `node`.
+fn batch(lab: &str, node: &str, lines: &str) -> Result<()> {
+    run_with_input(Command::new("ip").args(["-n", &netns_name(lab, node), "-batch", "-"]), lines).map(drop)
+}
+
+/// Makes the spine and the racks' switches.
+pub fn add_fabric(lab: &str, racks: &[String]) -> Result<()> {
+    add(lab, FABRIC)?;
+    let mut lines = format!("link add {SPINE} {BRIDGE_OPTIONS}\nlink set {SPINE} up\n");
+    for rack in racks {
+        let (down, up) = (format!("{SPINE}-{rack}"), rack_port(rack));
+        lines += &format!(
+            "link add {rack} {BRIDGE_OPTIONS}\nlink set {rack} up\n\
+             link add {up} type veth peer name {down}\n\
+             link set {up} master {rack} up\nlink set {down} master {SPINE} up\n"
+        );
+    }
+    batch(lab, FABRIC, &lines)
+}
+
+/// Port of a rack's switch towards the spine.
+pub fn rack_port(rack: &str) -> String {
+    format!("{rack}-up")
+}
+
+/// Connects a node to a switch of the fabric. With `bridged` its address is on its own bridge, else on the cable.
+pub fn plug(lab: &str, node: &str, switch: &str, ip: std::net::Ipv4Addr, bridged: bool) -> Result<()> {
+    let fabric = netns_name(lab, FABRIC);
+    let [_, _, net, low] = ip.octets();
+    let mac = |kind: u8| format!("02:77:{kind:02x}:00:{net:02x}:{low:02x}");
+    let mut lines = format!(
+        "link add {UPLINK} address {} type veth peer name {node} address {} netns {fabric}\nlink set {UPLINK} up\n",
+        mac(1),
+        mac(2)
+    );
+    let device = if bridged {
+        lines += &format!(
+            "link add {HOST_BRIDGE} address {} {BRIDGE_OPTIONS}\n\
+             link set {UPLINK} master {HOST_BRIDGE}\nlink set {HOST_BRIDGE} up\n",
+            mac(3)
+        );
+        HOST_BRIDGE
+    } else {
+        UPLINK
+    };
+    lines += &format!("address add {ip}/{NET_PREFIX_LEN} dev {device}\n");
+    batch(lab, node, &lines)?;
+    batch(lab, FABRIC, &format!("link set {node} master {switch}\nlink set {node} up\n"))
+}
+
+/// Removes a node's cable at once; the fate of its namespace, which the kernel ends later, no longer matters.
+pub fn unplug(lab: &str, node: &str) -> Result<()> {
+    batch(lab, FABRIC, &format!("link delete {node}\n"))
+}
+
+/// Takes a port of the fabric down or up: the other end loses or gets its carrier, both directions are dead or alive.
+pub fn set_port(lab: &str, port: &str, up: bool) -> Result<()> {
+    let state = if up { "up" } else { "down" };
+    run(Command::new("ip").args(["-n", &netns_name(lab, FABRIC), "link", "set", port, state])).map(drop)
+}
+
+/// Runs `work` on a thread of its own inside a network namespace; sockets made there stay there.
+pub fn enter<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let file = File::open(netns).map_err(LabError::io("open", netns))?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            setns(file, CloneFlags::CLONE_NEWNET)
+                .map_err(LabError::system(format!("enter network namespace {}", netns.display())))?;
+            Ok(work())
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Starts `command` as the first process of new pid, mount, uts and ipc namespaces, in the network of `netns`. Its
+/// end ends all that it started.
+pub fn spawn_node(netns: &Path, command: &mut Command) -> Result<Child> {
+    enter(netns, || {
+        // Only this thread changes, and it ends right after.
+        let flags =
+            CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWPID;
+        unshare(flags).map_err(LabError::system("make namespaces"))?;
+        command.spawn().map_err(LabError::system("start the node's first process"))
+    })?
+}
