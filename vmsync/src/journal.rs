@@ -1,0 +1,275 @@
+//! The staging journal: what a shadow has received and not yet applied to its image.
+//!
+//! ```text
+//! header, 40 bytes (little-endian)
+//!   0   4  magic "VSHJ"
+//!   4   2  journal version
+//!   6   2  0
+//!   8  16  guest UUID
+//!  24   8  digest of the RAM layout
+//!  32   8  xxh3-64 of bytes 0..32
+//! record, 16 bytes and a payload
+//!   0   1  kind: 1 page frame, 2 device state, 3 commit
+//!   1   3  0
+//!   4   4  length of the payload
+//!   8   8  xxh3-64 of the payload, seeded with the xxh3-64 of bytes 0..8
+//!  16      payload: the frame or device state as it came over the wire; or, of a commit:
+//!          u64 lineage, u64 term, u64 epoch, u32 count and u64 checksum of the chain of the epoch's records
+//! ```
+//! A redo log: an epoch is sealed once its commit record is durable. Replaying sealed epochs in order gives the
+//! image of the last one, however often and from whatever half-applied state, since pages are whole and absolute.
+//! What follows the last commit record is an epoch that was never acknowledged, and is dropped.
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::bytes::{Put, Reader, Truncated};
+use crate::device_state::{DeviceState, HEAD_BYTES as DEVICE_STATE_HEAD_BYTES, MAX_DEVICE_STATE_BYTES};
+use crate::frame::{FrameDecoder, MAX_FRAME_BYTES, PagesFrame};
+use crate::layout::RamLayout;
+use crate::units::{Epoch, GuestUuid, Lineage, Term};
+use crate::wire::Chain;
+
+/// Version of the journal's layout.
+pub const JOURNAL_VERSION: u16 = 1;
+/// Length of the journal's header, bytes.
+pub const JOURNAL_HEADER_BYTES: u64 = 40;
+
+const MAGIC: [u8; 4] = *b"VSHJ";
+const RECORD_HEAD_BYTES: usize = 16;
+const PAGES: u8 = 1;
+const DEVICE_STATE: u8 = 2;
+const COMMIT: u8 = 3;
+const COMMIT_BYTES: usize = 36;
+
+/// Which epoch of which source an image holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Commit {
+    pub lineage: Lineage,
+    /// Term of the primary that it came from.
+    pub term: Term,
+    pub epoch: Epoch,
+}
+
+/// The journal's first bytes.
+pub fn encode_header(guest: GuestUuid, layout: &RamLayout) -> Vec<u8> {
+    let mut out = Vec::with_capacity(JOURNAL_HEADER_BYTES as usize);
+    out.extend_from_slice(&MAGIC);
+    out.put_u16(JOURNAL_VERSION);
+    out.put_u16(0);
+    out.extend_from_slice(guest.as_bytes());
+    out.put_u64(layout.digest());
+    out.put_u64(xxh3_64(&out));
+    out
+}
+
+/// Encodes the records of one epoch, and chains their checksums for its commit.
+#[derive(Debug, Default)]
+pub struct RecordEncoder {
+    chain: Chain,
+}
+
+impl RecordEncoder {
+    /// A record of an encoded page frame.
+    pub fn pages(&mut self, frame: &[u8]) -> Vec<u8> {
+        self.record(PAGES, frame)
+    }
+
+    /// A record of encoded device state.
+    pub fn device_state(&mut self, state: &[u8]) -> Vec<u8> {
+        self.record(DEVICE_STATE, state)
+    }
+
+    /// The record that seals the epoch; the next record begins another one.
+    pub fn commit(&mut self, commit: Commit) -> Vec<u8> {
+        let chain = std::mem::take(&mut self.chain);
+        let mut payload = Vec::with_capacity(COMMIT_BYTES);
+        payload.put_u64(commit.lineage.get());
+        payload.put_u64(commit.term.get());
+        payload.put_u64(commit.epoch.get());
+        payload.put_u32(chain.count);
+        payload.put_u64(chain.checksum);
+        let record = self.record(COMMIT, &payload);
+        self.chain = Chain::default();
+        record
+    }
+
+    /// Forgets the records since the last commit.
+    pub fn reset(&mut self) {
+        self.chain = Chain::default();
+    }
+
+    fn record(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(RECORD_HEAD_BYTES + payload.len());
+        out.put_u8(kind);
+        out.extend_from_slice(&[0; 3]);
+        out.put_u32(payload.len() as u32); // payloads are at most 16 MiB and a little
+        let checksum = xxh3_64_with_seed(payload, xxh3_64(&out));
+        out.put_u64(checksum);
+        out.extend_from_slice(payload);
+        self.chain.add(checksum);
+        out
+    }
+}
+
+/// One sealed epoch of a journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedEpoch {
+    pub commit: Commit,
+    /// In the order they are to be applied.
+    pub frames: Vec<PagesFrame>,
+    pub device_state: DeviceState,
+}
+
+/// What a journal holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scan {
+    /// Sealed epochs, oldest first.
+    pub epochs: Vec<SealedEpoch>,
+    /// Bytes up to the end of the last sealed epoch (of the header, if there is none).
+    pub sealed_len_bytes: u64,
+    /// Why the scan ended before the end of the bytes, if it did: the mark of a crash while staging.
+    pub tail: Option<&'static str>,
+}
+
+/// A journal that does not belong to this image, or is of another version. There is nothing to replay from it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    #[error("journal is not one of virt-shadow's, or its header is damaged")]
+    Header,
+    #[error("journal has version {0}; this build reads {JOURNAL_VERSION}")]
+    Version(u16),
+    #[error("journal belongs to guest {0}")]
+    OtherGuest(GuestUuid),
+    #[error("journal was written for another RAM layout")]
+    OtherLayout,
+}
+
+/// Reads a journal. An empty one is as good as one with a header only. Never panics, whatever the bytes.
+pub fn scan(bytes: &[u8], guest: GuestUuid, layout: &RamLayout) -> Result<Scan, JournalError> {
+    if bytes.is_empty() {
+        return Ok(Scan { epochs: Vec::new(), sealed_len_bytes: 0, tail: None });
+    }
+    check_header(bytes, guest, layout)?;
+    let mut scanner = Scanner { layout, decoder: FrameDecoder::new(), open: Open::default() };
+    let mut reader = Reader::new(&bytes[JOURNAL_HEADER_BYTES as usize..]);
+    let mut scan = Scan { epochs: Vec::new(), sealed_len_bytes: JOURNAL_HEADER_BYTES, tail: None };
+    while !reader.rest().is_empty() {
+        match scanner.record(&mut reader) {
+            Ok(Some(epoch)) => {
+                scan.epochs.push(epoch);
+                scan.sealed_len_bytes = (bytes.len() - reader.rest().len()) as u64;
+            }
+            Ok(None) => {}
+            Err(what) => {
+                scan.tail = Some(what);
+                return Ok(scan);
+            }
+        }
+    }
+    if scanner.open.chain.count > 0 {
+        scan.tail = Some("the last epoch is not sealed");
+    }
+    Ok(scan)
+}
+
+fn check_header(bytes: &[u8], guest: GuestUuid, layout: &RamLayout) -> Result<(), JournalError> {
+    let header = bytes.get(..JOURNAL_HEADER_BYTES as usize).ok_or(JournalError::Header)?;
+    let damaged = |Truncated| JournalError::Header;
+    let mut reader = Reader::new(header);
+    if reader.array::<4>().map_err(damaged)? != MAGIC {
+        return Err(JournalError::Header);
+    }
+    let version = reader.u16().map_err(damaged)?;
+    if version != JOURNAL_VERSION {
+        return Err(JournalError::Version(version));
+    }
+    reader.u16().map_err(damaged)?;
+    let found = GuestUuid::from_bytes(reader.array().map_err(damaged)?);
+    let digest = reader.u64().map_err(damaged)?;
+    if reader.u64().map_err(damaged)? != xxh3_64(&header[..32]) {
+        return Err(JournalError::Header);
+    }
+    if found != guest {
+        return Err(JournalError::OtherGuest(found));
+    }
+    if digest != layout.digest() {
+        return Err(JournalError::OtherLayout);
+    }
+    Ok(())
+}
+
+struct Scanner<'a> {
+    layout: &'a RamLayout,
+    decoder: FrameDecoder,
+    open: Open,
+}
+
+/// The epoch that is being read.
+#[derive(Default)]
+struct Open {
+    chain: Chain,
+    frames: Vec<PagesFrame>,
+    device_state: Option<DeviceState>,
+}
+
+impl Scanner<'_> {
+    /// Reads one record; returns the epoch if it sealed one.
+    fn record(&mut self, reader: &mut Reader<'_>) -> Result<Option<SealedEpoch>, &'static str> {
+        let (kind, checksum, payload) = read_record(reader)?;
+        match kind {
+            PAGES => {
+                let frame = self.decoder.decode(payload, self.layout).map_err(|_| "a page frame cannot be decoded")?;
+                self.open.frames.push(frame);
+            }
+            DEVICE_STATE => {
+                let state = DeviceState::decode(payload).map_err(|_| "device state cannot be decoded")?;
+                self.open.device_state = Some(state);
+            }
+            _ => return self.seal(payload).map(Some),
+        }
+        self.open.chain.add(checksum);
+        Ok(None)
+    }
+
+    fn seal(&mut self, payload: &[u8]) -> Result<SealedEpoch, &'static str> {
+        let (commit, chain) = read_commit(payload).map_err(|Truncated| "a commit record is cut short")?;
+        let open = std::mem::take(&mut self.open);
+        if open.chain != chain {
+            return Err("a commit record does not seal the records before it");
+        }
+        let device_state = open.device_state.ok_or("a sealed epoch has no device state")?;
+        Ok(SealedEpoch { commit, frames: open.frames, device_state })
+    }
+}
+
+fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'static str> {
+    let short = |Truncated| "the last record is cut short";
+    let head = reader.array::<8>().map_err(short)?;
+    let checksum = reader.u64().map_err(short)?;
+    let [kind, _, _, _, len @ ..] = head;
+    let len = u32::from_le_bytes(len) as usize;
+    let max = match kind {
+        PAGES => MAX_FRAME_BYTES,
+        DEVICE_STATE => DEVICE_STATE_HEAD_BYTES + MAX_DEVICE_STATE_BYTES,
+        COMMIT => COMMIT_BYTES,
+        _ => return Err("a record has an unknown kind"),
+    };
+    if len > max {
+        return Err("a record claims too many bytes");
+    }
+    let payload = reader.take(len).map_err(short)?;
+    if xxh3_64_with_seed(payload, xxh3_64(&head)) != checksum {
+        return Err("a record is damaged (checksum)");
+    }
+    Ok((kind, checksum, payload))
+}
+
+fn read_commit(payload: &[u8]) -> Result<(Commit, Chain), Truncated> {
+    let mut reader = Reader::new(payload);
+    let commit = Commit {
+        lineage: Lineage::new(reader.u64()?),
+        term: Term::new(reader.u64()?),
+        epoch: Epoch::new(reader.u64()?),
+    };
+    Ok((commit, Chain { count: reader.u32()?, checksum: reader.u64()? }))
+}
