@@ -84,8 +84,8 @@ impl Guard {
 
     pub fn start_program(mut command: Command) -> Result<Self, GuardError> {
         let start = |e: nix::Error| GuardError::Start(e.into());
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(start)?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(start)?;
         nix::sys::socket::setsockopt(
             &ours,
             nix::sys::socket::sockopt::ReceiveTimeout,
@@ -253,8 +253,7 @@ fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
     let mut control = nix::cmsg_space!(RawFd);
     let (length, fd) = {
         let mut parts = [io::IoSliceMut::new(&mut bytes)];
-        let received =
-            recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let received = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
         let mut fd = None;
         for message in received.cmsgs().map_err(io::Error::from)? {
             if let ControlMessageOwned::ScmRights(fds) = message {

@@ -417,8 +417,7 @@ impl Drop for Traced {
 /// executable file mappings. Any byte position will do: the CPU does not care where an instruction once began.
 fn find_gadgets(pid: pid_t, memory: &fs::File) -> Result<(u64, u64), InjectError> {
     const SYSCALL_RET: &[u8] = &[0x0f, 0x05, 0xc3];
-    const RESTORE_RT: [&[u8]; 2] =
-        [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+    const RESTORE_RT: [&[u8]; 2] = [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
     const LARGEST_TEXT: u64 = 64 << 20;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|_| InjectError::Gone { pid })?;
     let (mut syscall_ret, mut restore_rt) = (None, None);

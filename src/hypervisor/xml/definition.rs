@@ -22,8 +22,10 @@ pub struct GuestDefinition {
     pub interfaces: Vec<Interface>,
     /// Files a shadow's host needs at the same path: kernel, initrd, device tree, firmware image, CD images.
     pub files: Vec<String>,
-    /// RAM shared with other processes or backed by huge pages already.
+    /// Memory is backed by huge pages.
     pub hugepages: bool,
+    /// Memory is allocated ahead or locked: none of it is to be given back while the guest waits.
+    pub keeps_memory: bool,
     refusals: Vec<Refusal>,
 }
 
@@ -87,6 +89,8 @@ impl GuestDefinition {
             interfaces: devices(&root, "interface").map(interface).collect(),
             files: files(&root),
             hugepages: at(&root, &["memoryBacking", "hugepages"]).is_some(),
+            keeps_memory: at(&root, &["memoryBacking", "locked"]).is_some()
+                || attribute(&root, &["memoryBacking", "allocation"], "mode") == Some("immediate"),
             refusals: refusals(&root),
         })
     }
@@ -290,7 +294,8 @@ mod tests {
     #[test]
     fn facts_of_a_rich_guest() {
         let guest = GuestDefinition::parse(RICH).unwrap();
-        assert_eq!((guest.memory_bytes, guest.vcpus, guest.hugepages), (4608 << 20, 4, true));
+        assert_eq!((guest.memory_bytes, guest.vcpus), (4608 << 20, 4));
+        assert!(guest.hugepages && guest.keeps_memory);
         let writable: Vec<_> = guest.disks.iter().map(|d| (d.target.as_str(), d.writable)).collect();
         assert_eq!(writable, [("vda", true), ("vdb", false), ("sda", false)]);
         assert_eq!(guest.files, ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/srv/images/tools.raw"]);

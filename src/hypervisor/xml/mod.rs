@@ -13,7 +13,7 @@ mod shadow;
 mod tree;
 
 pub use definition::{Disk, GuestDefinition, Interface, InterfaceLink, Refusal};
-pub use shadow::{clean_persistent_xml, shadow_xml};
+pub use shadow::{clean_persistent_xml, is_shadow, shadow_xml, shape};
 
 /// Longest definition we parse, bytes. libvirt's own limit for a string on the wire is 16 MiB; real ones have some KiB.
 pub const MAX_XML_BYTES: usize = 1 << 20;

@@ -7,7 +7,7 @@
 use xmltree::{Element, Namespace, XMLNode};
 
 use super::XmlError;
-use super::tree::{QEMU_NAMESPACE, elements_mut, ensure_child, parse_domain, remove_children, write};
+use super::tree::{QEMU_NAMESPACE, children, elements_mut, ensure_child, parse_domain, remove_children, write};
 
 const INCOMING: [&str; 2] = ["-incoming", "defer"];
 /// Names libvirt itself gives to the host's end of an interface.
@@ -35,6 +35,63 @@ pub fn clean_persistent_xml(live: &str, inactive: Option<&str>) -> Result<String
     strip_incoming(&mut root);
     if inactive.is_none() {
         unshare_memory(&mut root);
+    }
+    write(&root)
+}
+
+/// Whether this live definition is that of a waiting shadow (or of one that was promoted and runs since).
+pub fn is_shadow(live: &str) -> Result<bool, XmlError> {
+    let root = parse_domain(live)?;
+    let lists = root.children.iter().filter_map(XMLNode::as_element).filter(|e| is_commandline(e));
+    let is_pair = |list: &Element| {
+        let values: Vec<_> = children(list, "arg").map(|a| a.attributes.get("value").map(String::as_str)).collect();
+        values.windows(2).any(|pair| pair == INCOMING.map(Some))
+    };
+    Ok(lists.into_iter().any(is_pair))
+}
+
+/// The parts of a definition that a guest's state depends on, as text to compare: two guests of one shape have the
+/// same devices at the same places, whatever their limits, labels and balloons are at the moment.
+pub fn shape(live: &str) -> Result<String, XmlError> {
+    const NO_MATTER: [&str; 16] = [
+        "title",
+        "description",
+        "metadata",
+        "currentMemory",
+        "blkiotune",
+        "memtune",
+        "numatune",
+        "cputune",
+        "resource",
+        "seclabel",
+        "perf",
+        "pm",
+        "on_poweroff",
+        "on_reboot",
+        "on_crash",
+        "memoryBacking",
+    ];
+    let mut root = parse_domain(live)?;
+    strip_runtime(&mut root);
+    strip_incoming(&mut root);
+    declare_namespace(&mut root);
+    remove_children(&mut root, |child| NO_MATTER.contains(&child.name.as_str()));
+    for_each_memory_part(&mut root, |part, name| drop(part.attributes.remove(name)));
+    if let Some(clock) = root.get_mut_child("clock") {
+        clock.attributes.remove("adjustment");
+    }
+    if let Some(devices) = root.get_mut_child("devices") {
+        // What shows or limits the guest on its host can change while it runs.
+        remove_children(devices, |device| matches!(device.name.as_str(), "graphics" | "emulator"));
+        for device in elements_mut(devices) {
+            remove_children(device, |child| {
+                matches!(child.name.as_str(), "bandwidth" | "iotune" | "link" | "filterref")
+            });
+            if let Some(target) = device.get_mut_child("target") {
+                // How much of a module is plugged or requested at the moment.
+                remove_children(target, |child| matches!(child.name.as_str(), "current" | "requested"));
+            }
+        }
     }
     write(&root)
 }
@@ -92,9 +149,12 @@ fn strip_incoming(root: &mut Element) {
     remove_children(root, |child| is_commandline(child) && child.children.is_empty());
 }
 
+fn declare_namespace(root: &mut Element) {
+    root.namespaces.get_or_insert_with(Namespace::empty).put("qemu", QEMU_NAMESPACE);
+}
+
 fn add_incoming(root: &mut Element) {
-    let namespaces = root.namespaces.get_or_insert_with(Namespace::empty);
-    namespaces.put("qemu", QEMU_NAMESPACE);
+    declare_namespace(root);
     let qemu_element = |name: &str| {
         let mut element = Element::new(name);
         element.prefix = Some("qemu".to_owned());
@@ -183,7 +243,7 @@ fn strip_graphics(graphics: &mut Element) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::xml::tree::{at, attribute, children};
+    use crate::hypervisor::xml::tree::{at, attribute};
 
     const PLAIN: &str = include_str!("../../../fixtures/xml/plain-live.xml");
     const RICH: &str = include_str!("../../../fixtures/xml/rich-live.xml");
@@ -250,6 +310,24 @@ mod tests {
         let clean = clean_persistent_xml(&live, None).unwrap();
         assert_eq!(arguments(&clean), ["-fw_cfg", "name=opt/site,string=a&b<c"]);
         assert!(clean.contains("hugepages"));
+    }
+
+    #[test]
+    fn shadows_are_recognised() {
+        assert!(!is_shadow(PLAIN).unwrap() && !is_shadow(RICH).unwrap());
+        assert!(is_shadow(&shadow_xml(PLAIN).unwrap()).unwrap() && is_shadow(&shadow_xml(RICH).unwrap()).unwrap());
+    }
+
+    #[test]
+    fn the_shape_changes_with_the_devices_only() {
+        let plain = shape(PLAIN).unwrap();
+        assert_eq!(shape(&shadow_xml(PLAIN).unwrap()).unwrap(), plain, "a shadow has its primary's shape");
+        assert_eq!(shape(&shadow_xml(RICH).unwrap()).unwrap(), shape(RICH).unwrap());
+        let ballooned = PLAIN.replace("<currentMemory unit='KiB'>262144", "<currentMemory unit='KiB'>131072");
+        assert!(ballooned != PLAIN && shape(&ballooned).unwrap() == plain);
+        let plugged = PLAIN.replace("<input ", "<rng model='virtio'/><input ");
+        assert_ne!(shape(&plugged).unwrap(), plain);
+        assert_ne!(shape(&PLAIN.replace("bus='0x01'", "bus='0x03'")).unwrap(), plain);
     }
 
     #[test]
