@@ -1,17 +1,183 @@
-//! The agent role: what a host does for its guests.
+//! The host agent: a thin driver around `vmsync` for primaries and shadows, and the link to the manager.
+//!
+//! ```text
+//! manager <--- AgentLink ---> Agent (commands) --+--> Primary sessions (guests that run here)
+//!                                                +--> Shadows (guests of other hosts, ready to run)
+//! libvirtd <--- Libvirt ----- events ------------+
+//! guard process <-- GuardKeeper
+//! ```
 
+mod commands;
+mod doctor;
+mod guards;
+mod libvirt;
+mod primary;
+mod records;
+mod shadows;
+mod stats;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
 use tokio::sync::watch;
 
-use crate::api::link::AgentLink;
+use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Role};
+use crate::api::link::{AgentLink, AgentStatus, LinkOptions};
 use crate::config::Config;
+use crate::hypervisor::{HypervisorEvent, Lifecycle, Started};
 
-/// Runs the agent role until `shutdown` turns true. `link` is given the connection to the manager once it is
-/// started, for the daemon's REST server.
-pub async fn run(
-    _config: Config,
-    mut shutdown: watch::Receiver<bool>,
-    _link: watch::Sender<Option<AgentLink>>,
-) -> anyhow::Result<()> {
-    shutdown.wait_for(|stop| *stop).await?;
-    Ok(())
+use guards::GuardKeeper;
+use libvirt::Libvirt;
+use primary::{Primary, PrimaryContext};
+use records::Records;
+use shadows::Shadows;
+
+/// After the manager accepted this host, how long it has to say which guests must not run here.
+const SETTLE_AFTER_WELCOME: Duration = Duration::from_secs(1);
+
+/// One host's agent.
+pub struct Agent {
+    config: Config,
+    records: Arc<Records>,
+    libvirt: Arc<Libvirt>,
+    context: Arc<PrimaryContext>,
+    shadows: Arc<Shadows>,
+    primaries: Mutex<BTreeMap<String, Primary>>,
+    /// Guests whose start libvirt may ask about because we are just starting them.
+    starting: Arc<Mutex<BTreeSet<String>>>,
+    link: Arc<OnceLock<AgentLink>>,
+    welcomed_at: Mutex<Option<Instant>>,
+    tracker: &'static str,
+}
+
+/// Starts the agent role. Its threads end when `shutdown` turns true and the last handle is dropped.
+pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result<(Arc<Agent>, AgentLink)> {
+    let options = LinkOptions::from_config(config).context("agent.manager is not configured")?;
+    std::fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot create {}", config.run_dir.display()))?;
+    let records = Arc::new(Records::open(&config.state_dir)?);
+    let link: Arc<OnceLock<AgentLink>> = Arc::default();
+    let report_link = Arc::clone(&link);
+    let report: Arc<dyn Fn(GuestEvent) + Send + Sync> = Arc::new(move |event| {
+        if let Some(link) = report_link.get() {
+            link.event(event);
+        }
+    });
+    let others = Arc::clone(&report);
+    let libvirt = Libvirt::start(&config.agent.libvirt_uri, Arc::new(move |event| unclaimed(event, &*others)))?;
+    let guards = Arc::new(GuardKeeper::default());
+    guards.get().context("cannot start the guard process")?;
+    let starting: Arc<Mutex<BTreeSet<String>>> = Arc::default();
+    let shadows = Shadows::start(config, Arc::clone(&libvirt), Arc::clone(&records), Arc::clone(&starting))?;
+    let context = Arc::new(PrimaryContext {
+        host: config.host.clone(),
+        libvirt: Arc::clone(&libvirt),
+        records: Arc::clone(&records),
+        guards,
+        tracker: config.agent.tracker,
+        watchdog: Duration::from_millis(config.agent.watchdog_ms),
+        run_dir: config.run_dir.clone(),
+        report,
+    });
+    let (tracker, why) = doctor::tracker(config.agent.tracker);
+    tracing::info!(host = config.host, rack = config.rack, tracker, why, "agent starts");
+    let agent = Arc::new(Agent {
+        config: config.clone(),
+        records,
+        libvirt,
+        context,
+        shadows,
+        primaries: Mutex::default(),
+        starting,
+        link: Arc::clone(&link),
+        welcomed_at: Mutex::default(),
+        tracker,
+    });
+    let started = AgentLink::start(options, Arc::clone(&agent), Arc::clone(&agent), shutdown)?;
+    let _ = link.set(started.clone());
+    tokio::spawn(note_welcome(Arc::clone(&agent), started.connected()));
+    Ok((agent, started))
+}
+
+/// Remembers since when the manager knows this host.
+async fn note_welcome(agent: Arc<Agent>, mut connected: watch::Receiver<bool>) {
+    loop {
+        if *connected.borrow_and_update() {
+            lock(&agent.welcomed_at).get_or_insert_with(Instant::now);
+        }
+        if connected.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Events of guests that no session listens to: the manager may know one of them.
+fn unclaimed(event: &HypervisorEvent, report: &dyn Fn(GuestEvent)) {
+    if let HypervisorEvent::Lifecycle { uuid, name, event: Lifecycle::Started(how) } = event
+        && !matches!(how, Started::Wakeup)
+    {
+        report(GuestEvent::Started { uuid: uuid.clone(), domain: name.clone() });
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl AgentStatus for Agent {
+    fn tracker(&self) -> String {
+        self.tracker.into()
+    }
+
+    fn records(&self) -> Vec<GuestRecord> {
+        let mut records = self.records.all();
+        let hypervisor = self.libvirt.get().ok();
+        for record in &mut records {
+            let domain = hypervisor.as_ref().and_then(|h| h.lookup_uuid(&record.uuid).ok());
+            record.active = domain.is_some_and(|domain| domain.is_active().unwrap_or(false));
+        }
+        records
+    }
+
+    fn heartbeat(&self) -> Heartbeat {
+        let (memory_total_mib, memory_free_mib) = doctor::memory_mib();
+        Heartbeat {
+            seq: 0,
+            memory_total_mib,
+            memory_free_mib,
+            primaries: lock(&self.primaries).values().filter(|p| p.is_running()).map(Primary::status).collect(),
+            shadows: self.shadows.statuses(),
+        }
+    }
+}
+
+impl Agent {
+    /// May libvirt start this guest here? Asked by the hook.
+    fn start_allowed(&self, uuid: &str) -> Result<(), String> {
+        let Some(record) = self.records.get(uuid) else { return Ok(()) };
+        if lock(&self.starting).contains(uuid) {
+            return Ok(());
+        }
+        let name = &record.domain;
+        match record.role {
+            Role::Retired => Err(format!(
+                "guest {name} was taken over by another host (term {}); look with `virt-shadow info {name}`, bring it \
+                 back with `virt-shadow switchover {name} --to {}`",
+                record.term, self.config.host
+            )),
+            Role::Shadow => Err(format!(
+                "this host keeps the shadow of guest {name}, whose primary runs elsewhere; \
+                 `virt-shadow switchover {name} --to {}` moves it here",
+                self.config.host
+            )),
+            Role::Primary => match *lock(&self.welcomed_at) {
+                Some(at) if at.elapsed() >= SETTLE_AFTER_WELCOME => Ok(()),
+                _ => Err(format!(
+                    "guest {name} is protected and the manager has not yet said that this host may still run it; \
+                     start the manager, then start the guest again"
+                )),
+            },
+        }
+    }
 }

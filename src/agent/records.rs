@@ -156,7 +156,9 @@ mod tests {
     #[test]
     fn only_uuids_become_file_names() {
         assert!(is_uuid(UUID));
-        for bad in ["", "../../etc/passwd", "5AD7D3B0-6d1e-4a53-9d1f-0a4c1b7e2f11", "5ad7d3b0-6d1e-4a53-9d1f-0a4c1b7e2f1/"] {
+        for bad in
+            ["", "../../etc/passwd", "5AD7D3B0-6d1e-4a53-9d1f-0a4c1b7e2f11", "5ad7d3b0-6d1e-4a53-9d1f-0a4c1b7e2f1/"]
+        {
             assert!(!is_uuid(bad), "{bad}");
         }
     }

@@ -16,7 +16,8 @@ use super::memory::{GuestMemory, MemoryError};
 use super::tracker::{HashTracker, Tracker, TrackerError, UserfaultTracker};
 use super::uffd::{self, ProtectMode};
 use crate::config::TrackerChoice;
-use crate::hypervisor::{Domain, HypervisorError, QemuProcess};
+use crate::hypervisor::process::QemuProcess;
+use crate::hypervisor::{Domain, HypervisorError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -56,10 +57,8 @@ pub struct Attached {
 /// The layout of a guest's RAM and where its blocks lie in QEMU.
 pub fn ram_layout(domain: &Domain) -> Result<(RamLayout, Vec<u64>), AttachError> {
     let blocks = domain.ram_blocks()?;
-    let layout = RamLayout::new(
-        blocks.iter().map(|b| RamBlock { name: b.name.clone(), len_bytes: b.used }).collect(),
-    )
-    .map_err(|error| AttachError::Layout { domain: domain.name().into(), reason: error.to_string() })?;
+    let layout = RamLayout::new(blocks.iter().map(|b| RamBlock { name: b.name.clone(), len_bytes: b.used }).collect())
+        .map_err(|error| AttachError::Layout { domain: domain.name().into(), reason: error.to_string() })?;
     let addresses = blocks.iter().map(|block| block.hva).collect();
     Ok((layout, addresses))
 }

@@ -103,8 +103,6 @@ pub struct Cutter {
     carried: PageSet,
     bound: Duration,
     state_bytes_hint: usize,
-    /// Buffers of an earlier cut, given back: fresh memory would fault page by page while the guest waits.
-    spare: PageBatch,
 }
 
 impl Cutter {
@@ -119,7 +117,7 @@ impl Cutter {
         let slot = guard.watch(pipe.read_end.as_fd())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
         let carried = PageSet::new(memory.layout());
-        Ok(Self { guard, slot, pipe, monitor, memory, tracker, carried, bound, state_bytes_hint: 64 << 10, spare: PageBatch::new() })
+        Ok(Self { guard, slot, pipe, monitor, memory, tracker, carried, bound, state_bytes_hint: 64 << 10 })
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -130,9 +128,12 @@ impl Cutter {
         self.tracker.name()
     }
 
-    /// Gives the buffers of an earlier cut back for the next.
-    pub fn recycle(&mut self, pages: PageBatch) {
-        self.spare = pages;
+    /// Goes on with another guard, after the one we had was lost.
+    pub fn set_guard(&mut self, guard: Arc<Guard>) {
+        match guard.watch(self.pipe.read_end.as_fd()) {
+            Ok(slot) => (self.guard, self.slot) = (guard, slot),
+            Err(error) => tracing::error!(%error, "the new guard does not take the pipe"),
+        }
     }
 
     /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
@@ -149,7 +150,7 @@ impl Cutter {
     pub fn cut(&mut self, extras: &PageSet) -> Result<Captured, CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let (mut pages, mut extra_pages) = (std::mem::take(&mut self.spare), PageBatch::new());
+        let (mut pages, mut extra_pages) = (PageBatch::new(), PageBatch::new());
         let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
         let outcome = self.stopped(|tracker, carried| {
             let began = Instant::now();
@@ -167,6 +168,20 @@ impl Cutter {
         let (device_state, at, held) = outcome?;
         self.carried.clear();
         Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy })
+    }
+
+    /// Finds the written pages without copying them: for when nobody can use a cut, or too much may have piled up.
+    pub fn collect(&mut self) -> Result<(PageSet, Instant), CutError> {
+        let memory = self.memory.clone();
+        let mut dirty = PageSet::new(memory.layout());
+        let outcome = self.stopped(|tracker, carried| {
+            let found = tracker.collect(&memory, carried);
+            dirty.union_with(carried);
+            Ok(found?)
+        });
+        let (_, at, _) = outcome?;
+        self.carried.clear();
+        Ok((dirty, at))
     }
 
     /// Runs `work` while the guest is stopped. Returns its device state, when it was seen stopped and for how long.
@@ -246,9 +261,11 @@ impl Cutter {
     /// us): read until it is quiet.
     fn drain(&mut self, state: &mut Vec<u8>, failed: bool) -> Result<(), CutError> {
         self.read_available(state)?;
-        while failed {
-            let mut polled =
-                libc::pollfd { fd: self.pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        loop {
+            if !failed {
+                break;
+            }
+            let mut polled = libc::pollfd { fd: self.pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one live element.
             let ready = unsafe { libc::poll(&mut polled, 1, QUIET_FOR.as_millis() as i32) };
             if ready <= 0 || polled.revents & libc::POLLIN == 0 {

@@ -50,9 +50,12 @@ impl GuestMemory {
 
     /// Each block's index, address in QEMU and length in bytes.
     pub fn ranges(&self) -> impl Iterator<Item = (BlockIndex, u64, u64)> + '_ {
-        self.layout.blocks().iter().zip(&self.addresses).enumerate().map(|(index, (block, address))| {
-            (BlockIndex::new(index as u16), *address, block.len_bytes)
-        })
+        self.layout
+            .blocks()
+            .iter()
+            .zip(&self.addresses)
+            .enumerate()
+            .map(|(index, (block, address))| (BlockIndex::new(index as u16), *address, block.len_bytes))
     }
 
     fn address(&self, page: PageAddr) -> u64 {
@@ -92,8 +95,7 @@ impl GuestMemory {
         let local = libc::iovec { iov_base: bytes.spare_capacity_mut().as_mut_ptr().cast(), iov_len: len };
         // SAFETY: `local` describes spare capacity of at least `len` bytes; the remote ranges are checked by the
         // kernel against the other process, never dereferenced here.
-        let read =
-            unsafe { libc::process_vm_readv(pid, &local, 1, ranges.as_ptr(), ranges.len() as libc::c_ulong, 0) };
+        let read = unsafe { libc::process_vm_readv(pid, &local, 1, ranges.as_ptr(), ranges.len() as libc::c_ulong, 0) };
         if read == len as isize {
             // SAFETY: the kernel has just written these `len` bytes.
             unsafe { bytes.set_len(bytes.len() + len) };

@@ -11,8 +11,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use vmsync::layout::OutsideLayout;
-use vmsync::page_set::PageSet;
+use vmsync::page_set::{OutsideLayout, PageSet};
 use vmsync::units::PAGE_SIZE_U64;
 use xxhash_rust::xxh3::xxh3_64;
 

@@ -19,7 +19,7 @@ use crate::hypervisor::{Domain, Hypervisor, HypervisorError, XmlKind};
 pub(super) const WAITING: &str = "inmigrate";
 
 /// The guest a shadow is of, as its primary's host describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ShadowDescription {
     pub uuid: String,
     pub name: String,

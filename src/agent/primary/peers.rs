@@ -8,7 +8,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmsync::wire::{TargetDecoder, TargetMessage};
+use vmsync::message::{TargetBody, TargetMessage};
+use vmsync::wire::{Decoder, WireError};
 
 use crate::transport;
 
@@ -19,6 +20,8 @@ const BACKOFF_MAX: Duration = Duration::from_millis(1_000);
 pub enum PeerEvent {
     Connected,
     Received(TargetMessage),
+    /// What the other side sends is no message of ours.
+    Unreadable(WireError),
     /// That many more bytes were handed to the kernel.
     Written(u64),
     Lost(String),
@@ -135,7 +138,7 @@ fn run_connection(shared: &Arc<Shared>, stream: TcpStream, sink: &PeerSink) -> S
 }
 
 fn read_all(mut stream: TcpStream, sink: &PeerSink) -> String {
-    let mut decoder = TargetDecoder::new();
+    let mut decoder = Decoder::<TargetBody>::new();
     let mut buffer = vec![0u8; 64 << 10];
     loop {
         match stream.read(&mut buffer) {
@@ -145,10 +148,14 @@ fn read_all(mut stream: TcpStream, sink: &PeerSink) -> String {
             Err(error) => return format!("the connection broke: {error}"),
         }
         loop {
-            match decoder.next_message() {
+            match decoder.next() {
                 Ok(Some(message)) => sink(PeerEvent::Received(message)),
                 Ok(None) => break,
-                Err(error) => return format!("the shadow's host sent something wrong: {error}"),
+                Err(error) => {
+                    let reason = format!("the shadow's host sent something wrong: {error}");
+                    sink(PeerEvent::Unreadable(error));
+                    return reason;
+                }
             }
         }
     }

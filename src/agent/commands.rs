@@ -1,0 +1,259 @@
+//! What the manager may ask of an agent. Repeating a command is harmless; a lower term than the one known is
+//! refused.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::api::control::{Command, Done, Role, ShadowTarget};
+use crate::api::link::CommandHandler;
+use crate::api::types::ApiError;
+use crate::hypervisor::xml::GuestDefinition;
+use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
+use crate::transport;
+
+use super::primary::{Primary, PrimarySpec};
+use super::records::{RecordError, is_uuid};
+use super::{Agent, doctor, lock};
+
+impl CommandHandler for Agent {
+    async fn handle(&self, command: Command) -> Result<Done, ApiError> {
+        if let Some(uuid) = uuid_of(&command).filter(|uuid| !is_uuid(uuid)) {
+            return Err(ApiError::new("invalid", format!("{uuid:?} is not a UUID")));
+        }
+        match command {
+            Command::Describe { domain } => self.describe(domain).await,
+            Command::Protect { uuid, domain, term, interval_ms, shadows } => {
+                self.protect(uuid, domain, term, interval_ms, shadows).await
+            }
+            Command::Release { uuid } => self.release(uuid).await,
+            Command::AcceptShadow { uuid, domain, term, primary } => {
+                self.accept_shadow(uuid, domain, term, primary).await
+            }
+            Command::DropShadow { uuid } => self.drop_shadow(uuid).await,
+            Command::Promote { uuid, term, after_epoch } => self.promote(uuid, term, after_epoch).await,
+            Command::FinalCut { uuid, to } => {
+                let answer = self.ask_primary(&uuid, |primary| primary.final_cut(to))?.await?;
+                Ok(Done::FinalCut { epoch: answer.0, paused_for_us: answer.1 })
+            }
+            Command::UndoFinalCut { uuid, term } => {
+                self.record(&uuid, None, term, Role::Primary)?;
+                self.ask_primary(&uuid, |primary| primary.undo_final_cut(term))?.await?;
+                Ok(Done::Nothing)
+            }
+            Command::Retire { uuid, term } => self.retire(uuid, term).await,
+            Command::Verify { uuid } => Ok(Done::Verified(self.ask_primary(&uuid, |primary| primary.verify())?.await?)),
+            Command::Witness { addr, timeout_ms, uuid } => {
+                let within = Duration::from_millis(timeout_ms.clamp(1, 10_000));
+                let stream_silent_ms = uuid.and_then(|uuid| self.shadows.silent_ms(&uuid));
+                let answers = blocking(move || transport::answers(addr, within)).await?;
+                Ok(Done::Witnessed { answers, stream_silent_ms })
+            }
+            Command::ShadowStatus { uuid } => Ok(Done::Shadow { status: self.shadows.status(&uuid) }),
+            Command::Doctor => {
+                let (config, libvirt) = (self.config.clone(), Arc::clone(&self.libvirt));
+                let connected = self.link.get().is_some_and(|link| *link.connected().borrow());
+                Ok(Done::Doctor(blocking(move || doctor::examine(&config, &libvirt, connected)).await?))
+            }
+        }
+    }
+
+    fn may_start(&self, uuid: &str) -> Result<(), String> {
+        self.start_allowed(uuid)
+    }
+}
+
+fn uuid_of(command: &Command) -> Option<&String> {
+    match command {
+        Command::Protect { uuid, .. }
+        | Command::Release { uuid }
+        | Command::AcceptShadow { uuid, .. }
+        | Command::DropShadow { uuid }
+        | Command::Promote { uuid, .. }
+        | Command::FinalCut { uuid, .. }
+        | Command::UndoFinalCut { uuid, .. }
+        | Command::Retire { uuid, .. }
+        | Command::Verify { uuid }
+        | Command::ShadowStatus { uuid } => Some(uuid),
+        Command::Witness { uuid, .. } => uuid.as_ref(),
+        Command::Describe { .. } | Command::Doctor => None,
+    }
+}
+
+/// Runs what blocks (libvirt, files, joining threads) off the runtime.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| ApiError::new("failed", format!("the agent: {error}")))
+}
+
+impl From<RecordError> for ApiError {
+    fn from(error: RecordError) -> Self {
+        Self::new("failed", error.to_string())
+    }
+}
+
+fn hypervisor_error(error: HypervisorError) -> ApiError {
+    let code = match error {
+        HypervisorError::NotFound { .. } => "not-found",
+        HypervisorError::NotConnected { .. } => "unavailable",
+        _ => "failed",
+    };
+    ApiError::new(code, error.to_string())
+}
+
+impl Agent {
+    fn ask_primary<'a, F>(&self, uuid: &str, ask: impl FnOnce(super::primary::Asker) -> F) -> Result<F, ApiError>
+    where
+        F: Future + 'a,
+    {
+        let primaries = lock(&self.primaries);
+        let primary = primaries.get(uuid).ok_or_else(|| {
+            ApiError::new("not-found", format!("{} is not primary of guest {uuid}", self.config.host))
+        })?;
+        Ok(ask(primary.asker()))
+    }
+
+    /// Records a role; `domain` `None` keeps the name known.
+    fn record(&self, uuid: &str, domain: Option<&str>, term: u64, role: Role) -> Result<(), ApiError> {
+        let known = self.records.get(uuid).map(|record| record.domain).unwrap_or_default();
+        self.records.set_role(uuid, domain.unwrap_or(&known), term, role)?.map_err(|newer| {
+            let host = &self.config.host;
+            ApiError::new("conflict", format!("{host} knows term {newer} of guest {uuid}; term {term} is over"))
+        })
+    }
+
+    async fn describe(&self, domain: String) -> Result<Done, ApiError> {
+        let libvirt = Arc::clone(&self.libvirt);
+        blocking(move || {
+            let domain = libvirt.lookup(&domain).map_err(hypervisor_error)?;
+            let (state, _) = domain.state().map_err(hypervisor_error)?;
+            let running = matches!(state, DomainState::Running | DomainState::Paused);
+            let kind = if running { XmlKind::Migratable } else { XmlKind::Inactive };
+            let xml = domain.xml(kind).map_err(hypervisor_error)?;
+            let definition =
+                GuestDefinition::parse(&xml).map_err(|e| ApiError::new("failed", format!("{}: {e}", domain.name())))?;
+            let mut refusals: Vec<String> = definition.refusals().iter().map(ToString::to_string).collect();
+            if running {
+                let blockers = domain.migration_blockers().map_err(hypervisor_error)?;
+                refusals.extend(blockers.into_iter().map(|reason| format!("QEMU: {reason}")));
+                if !has_cut_command(&domain).map_err(hypervisor_error)? {
+                    refusals.push("its QEMU lacks the command xen-save-devices-state: use a QEMU that has it".into());
+                }
+            }
+            Ok(Done::Described {
+                uuid: domain.uuid().into(),
+                domain: domain.name().into(),
+                memory_bytes: definition.memory_bytes,
+                running,
+                refusals,
+            })
+        })
+        .await?
+    }
+
+    async fn protect(
+        &self,
+        uuid: String,
+        domain: String,
+        term: u64,
+        interval_ms: u64,
+        shadows: Vec<ShadowTarget>,
+    ) -> Result<Done, ApiError> {
+        self.record(&uuid, Some(&domain), term, Role::Primary)?;
+        let interval = Duration::from_millis(interval_ms.clamp(10, 60_000));
+        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, shadows };
+        let mut primaries = lock(&self.primaries);
+        match primaries.get(&uuid).filter(|primary| primary.is_running()) {
+            Some(primary) => primary.update(spec),
+            None => {
+                let started = Primary::start(Arc::clone(&self.context), spec)
+                    .map_err(|error| ApiError::new("failed", format!("cannot start a session: {error}")))?;
+                primaries.insert(uuid, started);
+            }
+        }
+        Ok(Done::Nothing)
+    }
+
+    async fn release(&self, uuid: String) -> Result<Done, ApiError> {
+        let primary = lock(&self.primaries).remove(&uuid);
+        blocking(move || {
+            if let Some(primary) = primary {
+                primary.release();
+            }
+        })
+        .await?;
+        self.records.remove(&uuid)?;
+        Ok(Done::Nothing)
+    }
+
+    async fn accept_shadow(&self, uuid: String, domain: String, term: u64, primary: String) -> Result<Done, ApiError> {
+        if lock(&self.primaries).contains_key(&uuid) {
+            self.stop_copy(uuid.clone(), term).await?;
+        }
+        self.record(&uuid, Some(&domain), term, Role::Shadow)?;
+        let shadows = Arc::clone(&self.shadows);
+        blocking(move || shadows.accept(&uuid, &domain, term, &primary)).await??;
+        Ok(Done::Nothing)
+    }
+
+    async fn drop_shadow(&self, uuid: String) -> Result<Done, ApiError> {
+        let shadows = Arc::clone(&self.shadows);
+        let guest = uuid.clone();
+        blocking(move || shadows.drop_shadow(&guest)).await??;
+        if self.records.get(&uuid).is_some_and(|record| record.role == Role::Shadow) {
+            self.records.remove(&uuid)?;
+        }
+        Ok(Done::Nothing)
+    }
+
+    async fn promote(&self, uuid: String, term: u64, after_epoch: u64) -> Result<Done, ApiError> {
+        let shadows = Arc::clone(&self.shadows);
+        let guest = uuid.clone();
+        let promoted = blocking(move || shadows.promote(&guest, term, after_epoch)).await??;
+        self.record(&uuid, None, term, Role::Primary)?;
+        Ok(Done::Promoted { epoch: promoted.epoch, took_us: promoted.took_us })
+    }
+
+    async fn retire(&self, uuid: String, term: u64) -> Result<Done, ApiError> {
+        self.stop_copy(uuid.clone(), term).await?;
+        self.record(&uuid, None, term, Role::Retired)?;
+        Ok(Done::Nothing)
+    }
+
+    /// Ends the copy of a guest that another host runs by now.
+    async fn stop_copy(&self, uuid: String, term: u64) -> Result<(), ApiError> {
+        if let Some(known) = self.records.get(&uuid).filter(|known| known.term > term) {
+            let text = format!("{} knows term {} of guest {uuid}", self.config.host, known.term);
+            return Err(ApiError::new("conflict", text));
+        }
+        let primary = lock(&self.primaries).remove(&uuid);
+        let libvirt = Arc::clone(&self.libvirt);
+        let is_shadow = self.shadows.status(&uuid).is_some();
+        blocking(move || {
+            drop(primary);
+            if is_shadow {
+                return Ok(());
+            }
+            let domain = match libvirt.lookup(&uuid) {
+                Ok(domain) => domain,
+                Err(HypervisorError::NotFound { .. }) => return Ok(()),
+                Err(error) => return Err(hypervisor_error(error)),
+            };
+            if domain.is_active().map_err(hypervisor_error)? {
+                tracing::warn!(
+                    guest = domain.name(),
+                    term,
+                    "another host runs this guest by now; ending the copy here"
+                );
+                domain.destroy().map_err(hypervisor_error)?;
+            }
+            Ok(())
+        })
+        .await?
+    }
+}
+
+fn has_cut_command(domain: &crate::hypervisor::Domain) -> Result<bool, HypervisorError> {
+    let commands = domain.qmp_call("query-commands", serde_json::Value::Null)?;
+    let named =
+        |command: &serde_json::Value| command.get("name").and_then(|n| n.as_str()) == Some("xen-save-devices-state");
+    Ok(commands.as_array().is_some_and(|commands| commands.iter().any(named)))
+}

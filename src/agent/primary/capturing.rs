@@ -1,0 +1,727 @@
+//! A guest that is attached: cuts when `vmsync::Source` wants one, feeds it, and carries out what it asks for.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vmsync::batch::PageBatch;
+use vmsync::message::RefuseCode;
+use vmsync::source::{
+    Cut, CutPlan, PeerState, PeerVerdict, PeerView, Source, SourceAlarm, SourceConfig, SourceEffect, SourceEvent,
+    SourceLimits,
+};
+use vmsync::units::{Epoch, GuestUuid, Lineage, Millis, PeerId, Term};
+
+use super::cut_thread::{CutAnswer, CutThread};
+use super::exit_watch::ExitWatch;
+use super::final_cut::FinalCut;
+use super::peers::PeerEvent;
+use super::session::{Input, Session};
+use super::watch::STUCK_AFTER;
+use super::{PrimaryContext, Reply};
+use crate::agent::stats::{Dirty, Pauses, Rate};
+use crate::api::control::{PeerStatus, PrimaryStatus};
+use crate::api::types::{ApiError, CaptureStats, ShadowState, VerifyReport, VerifyShadow};
+use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
+use crate::capture::cutter::{Captured, CutError};
+use crate::capture::memory::GuestMemory;
+use crate::hypervisor::process::QemuProcess;
+use crate::hypervisor::{Domain, DomainState, XmlKind};
+use crate::standby::ShadowDescription;
+
+/// Level of the pages' compression; the fastest that still shrinks well.
+const ZSTD_LEVEL: i32 = 1;
+/// A paused guest changes nothing; it is still looked at this often.
+const INTERVAL_WHILE_PAUSED: Duration = Duration::from_millis(1000);
+/// Devices that come or go are looked at this long after the last event about them: libvirt first finishes.
+const DEVICES_SETTLE: Duration = Duration::from_millis(150);
+/// An answer of the cut thread that takes this long will not come: libvirt itself gives up after 30 s.
+const CUT_ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// Cuts that fail in a row before the guest is attached anew.
+const FAILURES_IN_A_ROW: u32 = 20;
+
+/// What is carried over when a guest is attached anew.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    pub(super) epoch: u64,
+    raw_bytes: u64,
+    wire_bytes: u64,
+    epochs: u64,
+    watchdog_fired: u64,
+    pauses: Pauses,
+    dirty: Dirty,
+}
+
+pub(super) struct Capturing {
+    guest: String,
+    host: String,
+    started: Instant,
+    pub(super) domain: Domain,
+    process: QemuProcess,
+    memory: GuestMemory,
+    mappings: u64,
+    definition: String,
+    pub(super) source: Source,
+    cuts: CutThread,
+    _exit: ExitWatch,
+    tracker: &'static str,
+    tracker_reason: String,
+    interval: Duration,
+    next_cut_at: Instant,
+    /// The tracker's preparation is done.
+    ready: bool,
+    /// Since when the cut thread is at work.
+    pub(super) cutting_since: Option<Instant>,
+    last_cut_ended: Instant,
+    failures: u32,
+    /// An operator (or an error) paused the guest.
+    pub(super) paused: bool,
+    devices_changed_at: Option<Instant>,
+    pub(super) final_cut: Option<FinalCut>,
+    verify: Vec<Reply<VerifyReport>>,
+    refusals: BTreeMap<String, String>,
+    /// Why there is no connection to a shadow's host.
+    lost: BTreeMap<String, String>,
+    rates: BTreeMap<String, Rate>,
+    totals: Totals,
+    /// Totals of earlier attachments, which the source's own are added to.
+    before: (u64, u64, u64),
+    outgoing: Vec<(String, Arc<[u8]>)>,
+    closing: Vec<String>,
+    superseded: Option<u64>,
+    trouble: Option<String>,
+    context: Arc<PrimaryContext>,
+    memory_bytes: u64,
+}
+
+impl Capturing {
+    pub(super) fn attach(session: &mut Session, attachment: u64) -> Result<Self, String> {
+        let (context, spec) = (Arc::clone(&session.context), session.spec.clone());
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let domain = context.libvirt.lookup(&spec.uuid).map_err(|e| text(&e))?;
+        let (state, _) = domain.state().map_err(|e| text(&e))?;
+        if !matches!(state, DomainState::Running | DomainState::Paused) {
+            return Err(format!("domain {} is {state:?}, not running", spec.domain));
+        }
+        let definition = definition_of(&domain)?;
+        let description = description_of(&domain, &definition)?;
+        let guard = context.guards.get().map_err(|e| text(&e))?;
+        let options =
+            AttachOptions { tracker: context.tracker, bound: context.watchdog, run_dir: context.run_dir.clone() };
+        let call = monitor_call(&context, &spec.uuid);
+        let Attached { cutter, process, layout, tracker_reason } =
+            attach(&domain, &guard, call, &options).map_err(|e| text(&e))?;
+        let guest = GuestUuid::parse(&spec.uuid).ok_or_else(|| format!("{} is no UUID", spec.uuid))?;
+        let source = Source::new(SourceConfig {
+            term: Term::new(spec.term),
+            lineage: Lineage::new(random_u64()?),
+            guest,
+            domain: spec.domain.clone(),
+            host: context.host.clone(),
+            layout: (*layout).clone(),
+            description,
+            zstd_level: ZSTD_LEVEL,
+            limits: SourceLimits::default(),
+        })
+        .map_err(|e| text(&e))?;
+        let memory = cutter.memory().clone();
+        let mappings = memory.mappings_digest().map_err(|e| text(&e))?;
+        let tracker = cutter.tracker_name();
+        let inputs = Mutex::new(session.inputs.clone());
+        let cuts = CutThread::start(cutter, move |answer| {
+            let input = Input::Cut { attachment, answer };
+            let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(input);
+        })
+        .map_err(|e| text(&e))?;
+        let inputs = session.inputs.clone();
+        let exit = ExitWatch::start(process.pid, move || drop(inputs.send(Input::Exited { attachment })))
+            .map_err(|e| text(&e))?;
+        if !process.is_alive() {
+            return Err("QEMU ended while it was being attached".into());
+        }
+        let totals = std::mem::take(&mut session.totals);
+        tracing::info!(guest = spec.domain, pid = process.pid, tracker, tracker_reason, "attached");
+        let now = Instant::now();
+        Ok(Self {
+            guest: spec.domain,
+            host: context.host.clone(),
+            started: now,
+            domain,
+            process,
+            memory,
+            mappings,
+            definition,
+            source,
+            cuts,
+            _exit: exit,
+            tracker,
+            tracker_reason,
+            interval: spec.interval,
+            next_cut_at: now,
+            ready: false,
+            cutting_since: None,
+            last_cut_ended: now,
+            failures: 0,
+            paused: state == DomainState::Paused,
+            devices_changed_at: None,
+            final_cut: None,
+            verify: Vec::new(),
+            refusals: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            rates: BTreeMap::new(),
+            before: (totals.raw_bytes, totals.wire_bytes, totals.epochs),
+            totals,
+            outgoing: Vec::new(),
+            closing: Vec::new(),
+            superseded: None,
+            trouble: None,
+            context,
+            memory_bytes: layout.total_bytes(),
+        })
+    }
+
+    /// Leaves the guest. `for_good`: also takes back what would serve a later attachment.
+    pub(super) fn detach(self, context: &PrimaryContext, uuid: &str, for_good: bool) {
+        for reply in self.verify {
+            let _ = reply.send(Err(ApiError::new("unavailable", "the guest is no longer captured; try again")));
+        }
+        if for_good && let Ok(guard) = context.guards.get() {
+            // A cut under way ends first: its pipe must not vanish under QEMU.
+            let give_up_at = Instant::now() + Duration::from_secs(2);
+            drop(self.cuts);
+            while self.cutting_since.is_some() && self.process.is_alive() && Instant::now() < give_up_at {
+                std::thread::sleep(Duration::from_millis(5));
+                if self.last_cut_ended.elapsed() > context.watchdog * 2 {
+                    break;
+                }
+            }
+            detach(&guard, self.process, uuid, &context.run_dir);
+        }
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.totals.epoch
+    }
+
+    pub(super) fn next_cut_at(&self) -> Instant {
+        self.next_cut_at
+    }
+
+    pub(super) fn set_interval(&mut self, interval: Duration) {
+        self.interval = interval;
+    }
+
+    /// A source has one term for its life.
+    pub(super) fn set_term(&mut self, term: u64) {
+        self.trouble = Some(format!("this host is primary with the new term {term}"));
+    }
+
+    pub(super) fn now(&self) -> Millis {
+        Millis::new(self.started.elapsed().as_millis() as u64)
+    }
+
+    /// Everything that is due by the clock.
+    pub(super) fn timers(&mut self, now: Instant, on_hold: bool, stopped_since: Option<Instant>) {
+        self.step(SourceEvent::Tick);
+        if let Some(since) = self.cutting_since {
+            if now > since + CUT_ANSWER_WITHIN {
+                self.trouble = Some(format!("no answer to a cut within {} s", CUT_ANSWER_WITHIN.as_secs()));
+            }
+            return;
+        }
+        if self.devices_changed_at.is_some_and(|at| now >= at + DEVICES_SETTLE) {
+            self.devices_changed_at = None;
+            self.compare_devices();
+        }
+        self.free_stuck_guest(now, stopped_since);
+        self.advance_final_cut(now);
+        let wait = self.devices_changed_at.is_some() || on_hold || self.final_cut.is_some() || self.trouble.is_some();
+        if now >= self.next_cut_at && !wait {
+            self.cut_if_wanted(now);
+        }
+    }
+
+    fn cut_if_wanted(&mut self, now: Instant) {
+        let interval = if self.paused { self.interval.max(INTERVAL_WHILE_PAUSED) } else { self.interval };
+        self.next_cut_at = (self.next_cut_at + interval).max(now);
+        if !self.ready {
+            self.cutting_since = Some(now);
+            self.cuts.prepare();
+            return;
+        }
+        match self.source.cut_plan() {
+            CutPlan::Skip => {}
+            CutPlan::Collect => {
+                self.cutting_since = Some(now);
+                self.cuts.collect();
+            }
+            CutPlan::Cut { extras } => {
+                self.cutting_since = Some(now);
+                self.cuts.cut(extras);
+            }
+        }
+    }
+
+    /// Cuts now, whatever the interval says; false: the source cannot use one yet.
+    pub(super) fn cut_at_once(&mut self) -> bool {
+        match self.source.cut_plan() {
+            CutPlan::Cut { extras } if self.cutting_since.is_none() && self.ready => {
+                self.cutting_since = Some(Instant::now());
+                self.cuts.cut(extras);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn cut_answered(&mut self, answer: CutAnswer) {
+        self.cutting_since = None;
+        self.last_cut_ended = Instant::now();
+        let outcome = match answer {
+            CutAnswer::Prepared(Ok(ready)) => {
+                self.ready = ready;
+                if !ready {
+                    self.next_cut_at = Instant::now() + self.interval.min(Duration::from_millis(20));
+                }
+                Ok(())
+            }
+            CutAnswer::Collected(Ok((dirty, at))) => {
+                self.totals.dirty.record(dirty.len());
+                let at = self.millis_of(at);
+                self.step(SourceEvent::Collected { at, dirty });
+                Ok(())
+            }
+            CutAnswer::Cut(captured) => match *captured {
+                Ok(captured) => {
+                    self.take_cut(captured);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            CutAnswer::Prepared(Err(error)) | CutAnswer::Collected(Err(error)) => Err(error),
+        };
+        match outcome {
+            Ok(()) => self.failures = 0,
+            Err(error) => self.cut_failed(&error),
+        }
+    }
+
+    fn take_cut(&mut self, captured: Captured) {
+        let Captured { dirty, pages, extras, device_state, at, .. } = captured;
+        self.totals.dirty.record(dirty.len());
+        // A block that was plugged since the cut before is not in this epoch: it must not be committed.
+        match self.memory.mappings_digest() {
+            Ok(digest) if digest != self.mappings => {
+                self.mappings = digest;
+                self.compare_devices();
+                if self.trouble.is_some() {
+                    return;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.trouble = Some(error.to_string());
+                return;
+            }
+        }
+        self.totals.epoch += 1;
+        let running = self.final_cut.as_ref().map_or(!self.paused, FinalCut::guest_ran);
+        let cut = Cut {
+            epoch: Epoch::new(self.totals.epoch),
+            at: self.millis_of(at),
+            dirty,
+            pages,
+            extras,
+            device_state: device_state.into(),
+            running,
+        };
+        self.step(SourceEvent::Cut(cut));
+        if let Some(final_cut) = &mut self.final_cut {
+            final_cut.was_cut(self.totals.epoch);
+        }
+    }
+
+    fn cut_failed(&mut self, error: &CutError) {
+        self.failures += 1;
+        match error {
+            CutError::WatchdogFired(_) => {
+                self.totals.watchdog_fired += 1;
+                tracing::warn!(guest = self.guest, %error, "a cut was given up; the guest runs on");
+            }
+            CutError::Guard(guard) => {
+                tracing::warn!(guest = self.guest, error = %guard, "replacing the guard");
+                match self.context.guards.get() {
+                    Ok(guard) => self.cuts.set_guard(guard),
+                    Err(error) => self.trouble = Some(error.to_string()),
+                }
+            }
+            CutError::Monitor(reason) => tracing::debug!(guest = self.guest, reason, "cut refused"),
+            CutError::DeviceState(_) => tracing::warn!(guest = self.guest, %error, "a cut brought no usable state"),
+            CutError::Tracker(_) | CutError::Memory(_) | CutError::Pipe(_) => self.trouble = Some(error.to_string()),
+        }
+        // Not again at once: whatever is wrong, the guest shall not be stopped for nothing 20 times a second.
+        let pause = self.interval.max(Duration::from_millis(50)) * self.failures.min(20);
+        self.next_cut_at = Instant::now() + pause;
+        if self.failures >= FAILURES_IN_A_ROW {
+            self.failures = 0;
+            self.trouble = Some(error.to_string());
+        }
+    }
+
+    pub(super) fn look_at_devices(&mut self) {
+        self.devices_changed_at = Some(Instant::now());
+    }
+
+    /// Attaches anew when the guest has other RAM blocks or another definition than the shadows were made from.
+    fn compare_devices(&mut self) {
+        let (layout, definition) = match (ram_layout(&self.domain), definition_of(&self.domain)) {
+            (Ok((layout, _)), Ok(definition)) => (layout, definition),
+            (Err(error), _) => return self.look_again_later(&error.to_string()),
+            (_, Err(error)) => return self.look_again_later(&error),
+        };
+        if layout != self.source.config().layout || definition != self.definition {
+            self.trouble = Some("its devices changed; the shadows are made anew".into());
+        }
+    }
+
+    fn look_again_later(&mut self, error: &str) {
+        tracing::debug!(guest = self.guest, error, "cannot compare devices now");
+        self.devices_changed_at = Some(Instant::now());
+    }
+
+    pub(super) fn guest_stopped(&mut self, at_us: u64) {
+        let ours = self.cutting_since.is_some() || self.last_cut_ended.elapsed() < Duration::from_millis(100);
+        if ours && self.final_cut.is_none() {
+            self.totals.pauses.stopped(at_us);
+        } else {
+            self.totals.pauses.ignore_current();
+        }
+    }
+
+    pub(super) fn guest_resumed(&mut self, at_us: u64) {
+        self.paused = false;
+        self.totals.pauses.resumed(at_us);
+    }
+
+    /// A save or snapshot that began during a cut leaves the guest paused with no one to start it again.
+    fn free_stuck_guest(&mut self, now: Instant, stopped_since: Option<Instant>) {
+        let stopped_long = stopped_since.is_some_and(|since| now >= since + STUCK_AFTER);
+        if !stopped_long || self.paused || self.final_cut.is_some() || now < self.last_cut_ended + STUCK_AFTER / 3 {
+            return;
+        }
+        const REASON_UNKNOWN: i32 = 0;
+        match (self.domain.state(), self.domain.job_running()) {
+            (Ok((DomainState::Paused, REASON_UNKNOWN)), Ok(false)) => {
+                if now < self.last_cut_ended + STUCK_AFTER {
+                    self.next_cut_at = now + STUCK_AFTER;
+                    return;
+                }
+                tracing::warn!(guest = self.guest, "found paused without a reason; resuming it");
+                if let Err(error) = self.domain.resume() {
+                    tracing::error!(guest = self.guest, %error, "cannot resume it");
+                }
+            }
+            (Ok((DomainState::Paused, _)), Ok(false)) => {
+                self.totals.pauses.ignore_current();
+                self.paused = true;
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn add_peer(&mut self, host: &str) {
+        self.step(SourceEvent::PeerAdded { peer: PeerId::new(host) });
+    }
+
+    pub(super) fn remove_peer(&mut self, host: &str) {
+        self.refusals.remove(host);
+        self.rates.remove(host);
+        self.step(SourceEvent::PeerRemoved { peer: PeerId::new(host) });
+    }
+
+    pub(super) fn peer(&mut self, host: &str, event: PeerEvent) {
+        let peer = PeerId::new(host);
+        let event = match event {
+            PeerEvent::Connected => {
+                self.refusals.remove(host);
+                self.lost.remove(host);
+                SourceEvent::Connected { peer }
+            }
+            PeerEvent::Received(message) => SourceEvent::Received { peer, message },
+            PeerEvent::Unreadable(error) => SourceEvent::Unreadable { peer, error },
+            PeerEvent::Written(bytes) => SourceEvent::Written { peer, bytes },
+            PeerEvent::Lost(reason) => {
+                self.lost.insert(host.to_owned(), reason);
+                SourceEvent::Disconnected { peer }
+            }
+        };
+        self.step(event);
+    }
+
+    pub(super) fn begin_verify(&mut self, reply: Reply<VerifyReport>) {
+        self.verify.push(reply);
+        self.step(SourceEvent::VerifyStart);
+    }
+
+    /// One step of the core, and everything that follows from it by itself.
+    pub(super) fn step(&mut self, event: SourceEvent) {
+        let mut events = std::collections::VecDeque::from([event]);
+        let mut effects = Vec::new();
+        while let Some(event) = events.pop_front() {
+            if let Err(alarm) = self.source.step(self.now(), event, &mut effects) {
+                self.alarm(&alarm);
+                return;
+            }
+            for effect in effects.drain(..) {
+                events.extend(perform(
+                    effect,
+                    &self.memory,
+                    &self.guest,
+                    &mut Outbox {
+                        outgoing: &mut self.outgoing,
+                        closing: &mut self.closing,
+                        superseded: &mut self.superseded,
+                        refusals: &mut self.refusals,
+                        verify: &mut self.verify,
+                        trouble: &mut self.trouble,
+                    },
+                ));
+            }
+        }
+    }
+
+    fn alarm(&mut self, alarm: &SourceAlarm) {
+        tracing::error!(guest = self.guest, %alarm, "alarm of the sync engine");
+        self.trouble = Some(alarm.to_string());
+    }
+
+    fn millis_of(&self, at: Instant) -> Millis {
+        Millis::new(at.saturating_duration_since(self.started).as_millis() as u64)
+    }
+
+    pub(super) fn take_outgoing(&mut self) -> Vec<(String, Arc<[u8]>)> {
+        std::mem::take(&mut self.outgoing)
+    }
+
+    pub(super) fn take_closing(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.closing)
+    }
+
+    pub(super) fn take_superseded(&mut self) -> Option<u64> {
+        self.superseded.take()
+    }
+
+    pub(super) fn take_trouble(&mut self) -> Option<String> {
+        self.trouble.take()
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        let own = self.source.totals();
+        Totals {
+            epoch: self.totals.epoch,
+            raw_bytes: self.before.0 + own.raw_bytes,
+            wire_bytes: self.before.1 + own.wire_bytes,
+            epochs: self.before.2 + own.epochs,
+            watchdog_fired: self.totals.watchdog_fired,
+            pauses: Pauses::default(),
+            dirty: Dirty::default(),
+        }
+    }
+
+    pub(super) fn view_of(&self, host: &str) -> Option<PeerView> {
+        self.source.peer_view(self.now(), &PeerId::new(host))
+    }
+
+    /// Leaves everything for the next heartbeat.
+    pub(super) fn fill(&mut self, status: &mut PrimaryStatus) {
+        let own = self.source.totals();
+        status.running = !self.paused && self.final_cut.is_none();
+        status.memory_bytes = self.memory_bytes;
+        status.problem.clear();
+        status.stats = CaptureStats {
+            epoch: self.totals.epoch,
+            pause_us: self.totals.pauses.percentiles(),
+            dirty_pages: self.totals.dirty.view(),
+            raw_bytes_total: self.before.0 + own.raw_bytes,
+            wire_bytes_total: self.before.1 + own.wire_bytes,
+            tracker: self.tracker.into(),
+            tracker_reason: self.tracker_reason.clone(),
+            epochs_total: self.before.2 + own.epochs,
+            watchdog_fired_total: self.totals.watchdog_fired,
+        };
+        let now = self.now();
+        let (rates, refusals, lost) = (&mut self.rates, &self.refusals, &self.lost);
+        let peers = self.source.peer_views(now).into_iter().map(|view| {
+            let host = view.peer.as_str().to_owned();
+            let rate = rates.entry(host.clone()).or_default().update(now.get(), view.wire_bytes_total);
+            peer_status(host, view, rate, refusals, lost)
+        });
+        status.peers = peers.collect();
+    }
+
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub(super) fn guest(&self) -> &str {
+        &self.guest
+    }
+}
+
+fn peer_status(
+    host: String,
+    view: PeerView,
+    rate: u64,
+    refusals: &BTreeMap<String, String>,
+    lost: &BTreeMap<String, String>,
+) -> PeerStatus {
+    let refused = refusals.get(&host);
+    let lost = lost.get(&host).cloned();
+    let state = match view.state {
+        PeerState::Disconnected if refused.is_some() => ShadowState::Refused,
+        PeerState::Disconnected => ShadowState::Disconnected,
+        PeerState::Syncing => ShadowState::Syncing,
+        PeerState::Following => ShadowState::Following,
+    };
+    PeerStatus {
+        state,
+        reason: refused.cloned().or(lost).unwrap_or(view.reason),
+        committed_epoch: view.committed.map_or(0, Epoch::get),
+        lag_ms: view.lag.map_or(0, Millis::get),
+        wire_bytes_per_s: rate,
+        pending_pages: view.pending_pages,
+        host,
+    }
+}
+
+/// Where effects leave what the session is to do.
+struct Outbox<'a> {
+    outgoing: &'a mut Vec<(String, Arc<[u8]>)>,
+    closing: &'a mut Vec<String>,
+    superseded: &'a mut Option<u64>,
+    refusals: &'a mut BTreeMap<String, String>,
+    verify: &'a mut Vec<Reply<VerifyReport>>,
+    trouble: &'a mut Option<String>,
+}
+
+/// Carries out one effect; an event that follows from it at once, if any.
+fn perform(effect: SourceEffect, memory: &GuestMemory, guest: &str, out: &mut Outbox) -> Option<SourceEvent> {
+    let mut read = |pages: Vec<vmsync::units::PageAddr>| match memory.read(pages.into_iter(), PageBatch::new()) {
+        Ok(batch) => Some(batch),
+        Err(error) => {
+            *out.trouble = Some(error.to_string());
+            None
+        }
+    };
+    match effect {
+        SourceEffect::Send { peer, bytes } => out.outgoing.push((peer.as_str().to_owned(), bytes)),
+        SourceEffect::ReadLive { peer, read: id, pages } => {
+            return read(pages).map(|pages| SourceEvent::LiveRead { peer, read: id, pages });
+        }
+        SourceEffect::ReadVerify { read: id, pages } => {
+            return read(pages).map(|pages| SourceEvent::VerifyRead { read: id, pages });
+        }
+        SourceEffect::Close { peer, reason } => {
+            tracing::info!(guest, host = peer.as_str(), %reason, "closing the connection to a shadow");
+            out.closing.push(peer.as_str().to_owned());
+        }
+        SourceEffect::Committed { peer, epoch } => {
+            tracing::trace!(guest, host = peer.as_str(), %epoch, "committed");
+        }
+        SourceEffect::CommitLost { peer } => {
+            tracing::warn!(guest, host = peer.as_str(), "the shadow fell too far behind and receives a new first copy");
+        }
+        SourceEffect::Superseded { peer, newer_term } => {
+            tracing::error!(guest, host = peer.as_str(), %newer_term, "another host is primary by now");
+            *out.superseded = Some(newer_term.get());
+        }
+        SourceEffect::PeerRefused { peer, code, text } => {
+            if code != RefuseCode::StaleTerm {
+                tracing::warn!(guest, host = peer.as_str(), text, "the shadow's host refuses");
+            }
+            out.refusals.insert(peer.as_str().to_owned(), text);
+        }
+        SourceEffect::Verified(report) => {
+            let report = verify_report(guest, report, memory);
+            for reply in out.verify.drain(..) {
+                let _ = reply.send(Ok(report.clone()));
+            }
+        }
+    }
+    None
+}
+
+fn verify_report(guest: &str, report: vmsync::source::VerifyReport, memory: &GuestMemory) -> VerifyReport {
+    let shadows = report.peers.iter().map(|(peer, verdict)| {
+        let (pages_compared, difference) = match verdict {
+            PeerVerdict::Compared { pages_compared, pages_different, first_difference, device_state_equal } => {
+                let mut parts = Vec::new();
+                if let Some(first) = first_difference {
+                    let block = memory.layout().block(first.block).map_or("?", |block| block.name.as_str());
+                    let at = first.page.byte_offset();
+                    parts.push(format!("{pages_different} pages, the first at {at:#x} of {block}"));
+                }
+                if !device_state_equal {
+                    parts.push("the device state".into());
+                }
+                (*pages_compared, parts.join(" and "))
+            }
+            PeerVerdict::NotCompared(reason) => (0, reason.to_string()),
+        };
+        let host = peer.as_str().to_owned();
+        VerifyShadow { host, equal: verdict.is_equal(), pages_compared, difference }
+    });
+    VerifyReport { domain: guest.into(), epoch: report.epoch.get(), shadows: shadows.collect() }
+}
+
+/// Sends commands over whatever connection to libvirt there is at that moment.
+fn monitor_call(context: &Arc<PrimaryContext>, uuid: &str) -> crate::capture::cutter::MonitorCall {
+    let (context, uuid) = (Arc::clone(context), uuid.to_owned());
+    let known: Mutex<Option<Domain>> = Mutex::new(None);
+    Arc::new(move |command| {
+        let mut known = known.lock().unwrap_or_else(|p| p.into_inner());
+        let domain = match known.take() {
+            Some(domain) => domain,
+            None => context.libvirt.lookup(&uuid).map_err(|e| e.to_string())?,
+        };
+        match domain.qmp(command) {
+            Ok(_) => {
+                *known = Some(domain);
+                Ok(())
+            }
+            Err(error) if error.is_disconnect() => Err(error.to_string()),
+            Err(error) => {
+                *known = Some(domain);
+                Err(error.to_string())
+            }
+        }
+    })
+}
+
+/// The live definition without what changes by itself.
+fn definition_of(domain: &Domain) -> Result<String, String> {
+    let xml = domain.xml(XmlKind::Migratable).map_err(|e| e.to_string())?;
+    Ok(xml.lines().filter(|line| !line.trim_start().starts_with("<currentMemory")).collect::<Vec<_>>().join("\n"))
+}
+
+/// What the shadow's host needs to make the waiting domain.
+fn description_of(domain: &Domain, live_xml: &str) -> Result<Vec<u8>, String> {
+    let persistent = domain.is_persistent().map_err(|e| e.to_string())?;
+    let inactive_xml = if persistent { Some(domain.xml(XmlKind::Inactive).map_err(|e| e.to_string())?) } else { None };
+    let description = ShadowDescription {
+        name: domain.name().into(),
+        uuid: domain.uuid().into(),
+        live_xml: live_xml.into(),
+        inactive_xml,
+    };
+    serde_json::to_vec(&description).map_err(|e| e.to_string())
+}
+
+fn random_u64() -> Result<u64, String> {
+    use std::io::Read;
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|error| format!("/dev/urandom: {error}"))?;
+    Ok(u64::from_le_bytes(bytes))
+}

@@ -1,0 +1,400 @@
+//! One protected guest: the loop, and what each input leads to. Decisions about epochs and peers are `vmsync`'s.
+//!
+//! ```text
+//!            attach ok             tracker ready
+//! Detached ------------> Preparing -------------> Capturing --FinalCut--> Held
+//!    ^  retried every 2 s    |                        |  ^                  |
+//!    +-----------------------+---- trouble -----------+  +--UndoFinalCut----+
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::capturing::Capturing;
+use super::peers::{PeerEvent, PeerLink};
+use super::{PrimaryContext, PrimarySpec, Reply};
+use crate::agent::primary::cut_thread::CutAnswer;
+use crate::agent::primary::watch::{DomainWatch, Seen};
+use crate::api::control::{GuestEvent, PrimaryStatus, Role};
+use crate::api::types::{ApiError, VerifyReport};
+use crate::hypervisor::HypervisorEvent;
+
+/// How long until a guest that could not be attached is tried again.
+const ATTACH_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How long libvirt may take to tell why a QEMU process ended.
+const REASON_WITHIN: Duration = Duration::from_millis(250);
+/// The loop looks at its timers at least this often.
+const TICK: Duration = Duration::from_millis(50);
+
+pub(super) enum Input {
+    Update(PrimarySpec),
+    Release,
+    FinalCut {
+        to: String,
+        reply: Reply<(u64, u64)>,
+    },
+    UndoFinalCut {
+        term: u64,
+        reply: Reply<()>,
+    },
+    Verify(Reply<VerifyReport>),
+    /// `generation` tells events of links that have been replaced.
+    Peer {
+        host: String,
+        generation: u64,
+        event: PeerEvent,
+    },
+    /// `attachment` tells answers and exits of an earlier attachment.
+    Cut {
+        attachment: u64,
+        answer: CutAnswer,
+    },
+    Exited {
+        attachment: u64,
+    },
+    Libvirt(HypervisorEvent),
+}
+
+/// Why the loop ended.
+enum End {
+    Released,
+    GuestEnded {
+        how: Option<&'static str>,
+        detail: String,
+    },
+    /// Another host is primary with that term.
+    Superseded(u64),
+}
+
+pub(super) struct Session {
+    pub(super) context: Arc<PrimaryContext>,
+    pub(super) spec: PrimarySpec,
+    pub(super) inputs: Sender<Input>,
+    status: Arc<Mutex<PrimaryStatus>>,
+    capturing: Option<Capturing>,
+    attachments: u64,
+    attach_at: Instant,
+    problem: String,
+    links: BTreeMap<String, Link>,
+    generations: u64,
+    watch: DomainWatch,
+    exited_at: Option<Instant>,
+    /// Carried over attachments, so that epochs and totals only grow.
+    pub(super) totals: super::capturing::Totals,
+}
+
+struct Link {
+    generation: u64,
+    addr: std::net::SocketAddr,
+    link: PeerLink,
+    connected: bool,
+}
+
+impl Session {
+    pub(super) fn new(
+        context: Arc<PrimaryContext>,
+        spec: PrimarySpec,
+        inputs: Sender<Input>,
+        status: Arc<Mutex<PrimaryStatus>>,
+    ) -> Self {
+        Self {
+            context,
+            spec,
+            inputs,
+            status,
+            capturing: None,
+            attachments: 0,
+            attach_at: Instant::now(),
+            problem: "attaching".into(),
+            links: BTreeMap::new(),
+            generations: 0,
+            watch: DomainWatch::default(),
+            exited_at: None,
+            totals: Default::default(),
+        }
+    }
+
+    pub(super) fn run(mut self, received: &Receiver<Input>) {
+        let uuid = self.spec.uuid.clone();
+        let events = Mutex::new(self.inputs.clone());
+        self.context.libvirt.listen(
+            &uuid,
+            Arc::new(move |event| {
+                let _ = events.lock().unwrap_or_else(|p| p.into_inner()).send(Input::Libvirt(event.clone()));
+            }),
+        );
+        tracing::info!(guest = self.spec.domain, term = self.spec.term, "protecting");
+        let end = loop {
+            if let Some(end) = self.turn(received) {
+                break end;
+            }
+        };
+        self.context.libvirt.forget(&uuid);
+        let last_epoch = self.capturing.as_ref().map_or(self.totals.epoch, Capturing::epoch);
+        if let Some(capturing) = self.capturing.take() {
+            capturing.detach(&self.context, &uuid, matches!(end, End::Released));
+        }
+        let term = self.spec.term;
+        match end {
+            End::Released => tracing::info!(guest = self.spec.domain, "no longer protecting"),
+            End::GuestEnded { how: Some(how), .. } => {
+                tracing::info!(guest = self.spec.domain, how, "the guest ended");
+                (self.context.report)(GuestEvent::Stopped { uuid, term, how: how.into() });
+            }
+            End::GuestEnded { how: None, detail } => {
+                tracing::error!(guest = self.spec.domain, detail, "the guest died");
+                (self.context.report)(GuestEvent::Died { uuid, term, detail, last_epoch });
+            }
+            End::Superseded(newer_term) => self.end_copy(newer_term),
+        }
+    }
+
+    /// The one case in which we end a guest: two copies of it must not serve the same address.
+    fn end_copy(&self, newer_term: u64) {
+        let (uuid, guest, term) = (self.spec.uuid.clone(), &self.spec.domain, self.spec.term);
+        tracing::error!(guest, term, newer_term, "another host runs this guest by now; ending the copy here");
+        if let Err(error) = self.context.libvirt.lookup(&uuid).and_then(|domain| domain.destroy()) {
+            tracing::error!(guest, %error, "cannot end it; use virsh destroy at once");
+        }
+        match self.context.records.set_role(&uuid, guest, newer_term, Role::Retired) {
+            Ok(_) => {}
+            Err(error) => tracing::error!(guest, %error, "cannot record that this host is retired"),
+        }
+        (self.context.report)(GuestEvent::Superseded { uuid, term, newer_term });
+    }
+
+    /// One turn of the loop: due timers, then one input.
+    fn turn(&mut self, received: &Receiver<Input>) -> Option<End> {
+        let now = Instant::now();
+        if let Some(exited_at) = self.exited_at
+            && now >= exited_at + REASON_WITHIN
+        {
+            let how = self.watch.unexplained_end();
+            return Some(End::GuestEnded { how, detail: "QEMU's process ended and libvirt told nothing".into() });
+        }
+        if self.capturing.is_none() && self.exited_at.is_none() && now >= self.attach_at {
+            self.attach();
+        }
+        let on_hold = self.watch.on_hold(now);
+        if let Some(capturing) = &mut self.capturing {
+            let stopped_since = self.watch.stopped_since;
+            capturing.timers(now, on_hold, stopped_since);
+        }
+        if let Some(end) = self.after_step() {
+            return Some(end);
+        }
+        let wait = self.next_deadline().saturating_duration_since(Instant::now()).min(TICK);
+        match received.recv_timeout(wait) {
+            Ok(input) => self.take(input),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(End::Released),
+        }
+    }
+
+    fn next_deadline(&self) -> Instant {
+        match (&self.capturing, self.exited_at) {
+            (_, Some(exited_at)) => exited_at + REASON_WITHIN,
+            (Some(capturing), None) => capturing.next_cut_at(),
+            (None, None) => self.attach_at,
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Option<End> {
+        match input {
+            Input::Release => return Some(End::Released),
+            Input::Update(spec) => self.update(spec),
+            Input::FinalCut { to, reply } => match &mut self.capturing {
+                Some(capturing) => capturing.begin_final_cut(&to, reply),
+                None => drop(reply.send(Err(self.not_capturing()))),
+            },
+            Input::UndoFinalCut { term, reply } => {
+                let outcome = match &mut self.capturing {
+                    Some(capturing) => capturing.undo_final_cut(),
+                    None => Ok(()),
+                };
+                if outcome.is_ok() {
+                    self.set_term(term);
+                }
+                let _ = reply.send(outcome);
+            }
+            Input::Verify(reply) => match &mut self.capturing {
+                Some(capturing) => capturing.begin_verify(reply),
+                None => drop(reply.send(Err(self.not_capturing()))),
+            },
+            Input::Peer { host, generation, event } => self.peer(&host, generation, event),
+            Input::Cut { attachment, answer } if attachment == self.attachments => {
+                if let Some(capturing) = &mut self.capturing {
+                    capturing.cut_answered(answer);
+                }
+            }
+            Input::Exited { attachment } if attachment == self.attachments => {
+                self.exited_at.get_or_insert_with(Instant::now);
+            }
+            Input::Cut { .. } | Input::Exited { .. } => {}
+            Input::Libvirt(event) => return self.libvirt(&event),
+        }
+        self.after_step()
+    }
+
+    fn libvirt(&mut self, event: &HypervisorEvent) -> Option<End> {
+        match (self.watch.see(event, Instant::now()), &mut self.capturing) {
+            (Seen::Ended { how }, _) => {
+                let detail = "libvirt reports that QEMU failed".to_owned();
+                return Some(End::GuestEnded { how, detail });
+            }
+            (Seen::Devices, Some(capturing)) => capturing.look_at_devices(),
+            (Seen::Stop { at_us }, Some(capturing)) => capturing.guest_stopped(at_us),
+            (Seen::Resume { at_us }, Some(capturing)) => capturing.guest_resumed(at_us),
+            _ => {}
+        }
+        self.after_step()
+    }
+
+    fn not_capturing(&self) -> ApiError {
+        ApiError::new(
+            "unavailable",
+            format!("guest {} is not captured on {}: {}", self.spec.domain, self.context.host, self.problem),
+        )
+    }
+
+    fn update(&mut self, spec: PrimarySpec) {
+        if spec.term > self.spec.term {
+            self.set_term(spec.term);
+        }
+        self.spec.interval = spec.interval;
+        self.spec.shadows = spec.shadows;
+        if let Some(capturing) = &mut self.capturing {
+            capturing.set_interval(self.spec.interval);
+        }
+        self.sync_links();
+    }
+
+    /// A new term means new Hellos: all links start over.
+    fn set_term(&mut self, term: u64) {
+        if term != self.spec.term {
+            self.spec.term = term;
+            if let Some(capturing) = &mut self.capturing {
+                capturing.set_term(term);
+            }
+            self.links.values().for_each(|link| link.link.reset());
+        }
+    }
+
+    fn attach(&mut self) {
+        self.attachments += 1;
+        match Capturing::attach(self, self.attachments) {
+            Ok(capturing) => {
+                self.problem.clear();
+                self.capturing = Some(capturing);
+                self.sync_links();
+                for (host, link) in &self.links {
+                    if link.connected
+                        && let Some(capturing) = &mut self.capturing
+                    {
+                        capturing.peer(host, PeerEvent::Connected);
+                    }
+                }
+            }
+            Err(error) => {
+                if self.problem != error {
+                    tracing::warn!(guest = self.spec.domain, error, "cannot capture; trying again");
+                }
+                self.problem = error;
+                self.attach_at = Instant::now() + ATTACH_AGAIN_AFTER;
+            }
+        }
+    }
+
+    /// Links for exactly the shadows that are wanted.
+    fn sync_links(&mut self) {
+        let wanted: BTreeMap<_, _> = self.spec.shadows.iter().map(|s| (s.host.clone(), s.addr)).collect();
+        let unwanted = |host: &String, link: &Link| wanted.get(host) != Some(&link.addr);
+        let gone: Vec<String> =
+            self.links.iter().filter(|(host, link)| unwanted(host, link)).map(|(host, _)| host.clone()).collect();
+        for host in gone {
+            self.links.remove(&host);
+            if let Some(capturing) = &mut self.capturing {
+                capturing.remove_peer(&host);
+            }
+        }
+        for (host, addr) in wanted {
+            if let Some(capturing) = &mut self.capturing {
+                capturing.add_peer(&host);
+            }
+            if self.links.contains_key(&host) {
+                continue;
+            }
+            self.generations += 1;
+            let (generation, name) = (self.generations, host.clone());
+            let inputs = Mutex::new(self.inputs.clone());
+            let sink = Arc::new(move |event| {
+                let input = Input::Peer { host: name.clone(), generation, event };
+                let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(input);
+            });
+            match PeerLink::start(&host, addr, sink) {
+                Ok(link) => drop(self.links.insert(host, Link { generation, addr, link, connected: false })),
+                Err(error) => tracing::error!(host, %error, "cannot start a connection"),
+            }
+        }
+    }
+
+    fn peer(&mut self, host: &str, generation: u64, event: PeerEvent) {
+        let Some(link) = self.links.get_mut(host).filter(|link| link.generation == generation) else { return };
+        match event {
+            PeerEvent::Connected => link.connected = true,
+            PeerEvent::Lost(_) => link.connected = false,
+            _ => {}
+        }
+        if let Some(capturing) = &mut self.capturing {
+            capturing.peer(host, event);
+        }
+    }
+
+    /// Carries out what the step asked for, and leaves the status for the heartbeat.
+    fn after_step(&mut self) -> Option<End> {
+        if let Some(capturing) = &mut self.capturing {
+            for (host, bytes) in capturing.take_outgoing() {
+                if let Some(link) = self.links.get(&host) {
+                    link.link.send(bytes);
+                }
+            }
+            for host in capturing.take_closing() {
+                if let Some(link) = self.links.get(&host) {
+                    link.link.reset();
+                }
+            }
+            if let Some(newer_term) = capturing.take_superseded() {
+                return Some(End::Superseded(newer_term));
+            }
+            if let Some(trouble) = capturing.take_trouble() {
+                tracing::warn!(guest = self.spec.domain, trouble, "attaching anew");
+                self.problem = trouble;
+                self.detach_for_retry();
+            }
+        }
+        self.publish();
+        None
+    }
+
+    fn detach_for_retry(&mut self) {
+        if let Some(capturing) = self.capturing.take() {
+            self.totals = capturing.totals();
+            capturing.detach(&self.context, &self.spec.uuid, false);
+        }
+        self.attach_at = Instant::now() + TICK;
+    }
+
+    fn publish(&mut self) {
+        let mut status = self.status.lock().unwrap_or_else(|p| p.into_inner());
+        status.term = self.spec.term;
+        match &mut self.capturing {
+            Some(capturing) => capturing.fill(&mut status),
+            None => {
+                status.problem.clone_from(&self.problem);
+                status.peers.clear();
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! One primary's connection: messages in on one thread, bytes out on another.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+use vmsync::message::{RefuseCode, SourceBody, SourceMessage, TargetBody};
+use vmsync::target::ConnId;
+use vmsync::units::{Epoch, Term};
+use vmsync::wire::{Decoder, encode};
+
+use super::Shadows;
+use super::slot::Slot;
+use crate::transport;
+
+/// A new connection must say whom it is for within this time.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// Messages queued towards a primary; hashes are paced by it, everything else is small.
+const QUEUED_MESSAGES: usize = 1024;
+
+/// What a slot keeps of a connection: a way to answer.
+pub(super) struct Answers {
+    queue: SyncSender<Arc<[u8]>>,
+    queued: Arc<AtomicUsize>,
+    stream: TcpStream,
+}
+
+impl Answers {
+    /// Queues bytes; a primary that does not take its answers loses the connection.
+    pub(super) fn send(&self, bytes: Arc<[u8]>) {
+        match self.queue.try_send(bytes) {
+            Ok(()) => drop(self.queued.fetch_add(1, Ordering::Relaxed)),
+            Err(TrySendError::Disconnected(_)) => {}
+            Err(TrySendError::Full(_)) => {
+                tracing::warn!("a primary does not take its answers; closing the connection");
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+        }
+    }
+
+    /// Whether a lot of answers is still waiting to leave: whoever makes many should wait.
+    pub(super) fn is_busy(&self) -> bool {
+        self.queued.load(Ordering::Relaxed) > QUEUED_MESSAGES / 2
+    }
+
+    /// Ends reading at once; the writer sends what is queued, then ends the stream.
+    pub(super) fn close(&self) {
+        let _ = self.stream.shutdown(Shutdown::Read);
+    }
+}
+
+/// Serves one connection until it ends.
+pub(super) fn serve(shadows: &Arc<Shadows>, stream: TcpStream, from: SocketAddr, number: u64) {
+    let conn = ConnId(number);
+    if let Err(error) = transport::tune(&stream).and_then(|()| stream.set_write_timeout(Some(Duration::from_secs(3)))) {
+        tracing::debug!(%from, %error, "connection ended at once");
+        return;
+    }
+    let (Ok(reading), Ok(writing)) = (stream.try_clone(), stream.try_clone()) else { return };
+    let (queue, received) = sync_channel(QUEUED_MESSAGES);
+    let queued = Arc::new(AtomicUsize::new(0));
+    let waiting = Arc::clone(&queued);
+    let writer =
+        std::thread::Builder::new().name("shadow-writer".into()).spawn(move || write_all(writing, &received, &waiting));
+    if writer.is_err() {
+        return;
+    }
+    let answers = Answers { queue, queued, stream };
+    if let Some(slot) = read_all(shadows, reading, from, conn, answers) {
+        slot.disconnected(conn);
+    }
+}
+
+fn write_all(mut stream: TcpStream, received: &Receiver<Arc<[u8]>>, waiting: &AtomicUsize) {
+    while let Ok(bytes) = received.recv() {
+        waiting.fetch_sub(1, Ordering::Relaxed);
+        if stream.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// Reads until the end; the slot that the connection belonged to.
+fn read_all(
+    shadows: &Arc<Shadows>,
+    mut stream: TcpStream,
+    from: SocketAddr,
+    conn: ConnId,
+    answers: Answers,
+) -> Option<Arc<Slot>> {
+    let mut decoder = Decoder::<SourceBody>::new();
+    let mut buffer = vec![0u8; 256 << 10];
+    let mut slot: Option<Arc<Slot>> = None;
+    let mut answers = Some(answers);
+    let greeted_by = Instant::now() + HELLO_WITHIN;
+    let _ = stream.set_read_timeout(Some(HELLO_WITHIN));
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return slot,
+            Ok(read) => decoder.push(&buffer[..read]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(_) => return slot,
+        }
+        loop {
+            match (decoder.next(), &slot) {
+                (Ok(Some(message)), Some(slot)) => slot.received(conn, message),
+                (Ok(Some(message)), None) => {
+                    let found = find_slot(shadows, &message, from);
+                    match (found, answers.take()) {
+                        (Ok(found), Some(answers)) => {
+                            let _ = stream.set_read_timeout(None);
+                            found.connected(conn, answers);
+                            found.received(conn, message);
+                            slot = Some(found);
+                        }
+                        (Err(refusal), Some(answers)) => {
+                            answers.send(refusal);
+                            return None;
+                        }
+                        (_, None) => return None,
+                    }
+                }
+                (Ok(None), _) => break,
+                (Err(error), Some(slot)) => {
+                    slot.unreadable(conn, error);
+                    return Some(Arc::clone(slot));
+                }
+                (Err(error), None) => {
+                    tracing::warn!(%from, %error, "not a primary; closing the connection");
+                    if let Some(answers) = answers {
+                        answers.send(refusal(RefuseCode::Protocol, Term::default(), &error.to_string()));
+                    }
+                    return None;
+                }
+            }
+        }
+        if slot.is_none() && Instant::now() > greeted_by {
+            return None;
+        }
+    }
+}
+
+fn find_slot(shadows: &Arc<Shadows>, message: &SourceMessage, from: SocketAddr) -> Result<Arc<Slot>, Arc<[u8]>> {
+    let SourceBody::Hello(hello) = &message.body else {
+        return Err(refusal(RefuseCode::Protocol, message.term, "the first message must be Hello"));
+    };
+    let uuid = hello.guest.to_string();
+    shadows.slot(&uuid).ok_or_else(|| {
+        tracing::debug!(%from, uuid, "no shadow of this guest is kept here");
+        let text = format!("{} does not keep a shadow of guest {}", shadows.shared.host, hello.domain);
+        refusal(RefuseCode::UnknownGuest, message.term, &text)
+    })
+}
+
+fn refusal(code: RefuseCode, term: Term, text: &str) -> Arc<[u8]> {
+    encode(term, Epoch::NONE, &TargetBody::Refuse { code, text: text.into(), known_term: Term::default() }).bytes
+}

@@ -1,0 +1,515 @@
+//! One shadow: the target's state machine, and what its effects do to files, memory and the waiting domain.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use vmsync::frame::{PageContent, PagesFrame};
+use vmsync::hashes::{HashSeed, hash_page};
+use vmsync::message::{Hello, SourceMessage};
+use vmsync::target::{
+    ConnId, HashId, PreparedImage, PromoteRefusal, Promotion, Target, TargetConfig, TargetEffect, TargetEvent,
+};
+use vmsync::units::{Epoch, GuestUuid, Millis, PAGE_SIZE, PageAddr, Term};
+use vmsync::wire::WireError;
+
+use super::connection::Answers;
+use super::{Promoted, Shared};
+use crate::api::control::ShadowStatus;
+use crate::api::types::ApiError;
+use crate::hypervisor::{HypervisorEvent, Lifecycle};
+use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription};
+
+/// Memory for epochs that are not applied yet: a quarter of the guest would do for most, this much for all.
+const STAGING_LIMIT_BYTES: u64 = 512 << 20;
+/// Pages hashed while the lock is held.
+const HASH_PAGES_AT_ONCE: usize = 2048;
+
+pub(super) struct Slot {
+    shared: Arc<Shared>,
+    uuid: String,
+    guest: GuestUuid,
+    domain: String,
+    started: Instant,
+    inner: Mutex<Inner>,
+    /// What a heartbeat shows; readable while a step is under way.
+    status: Mutex<(ShadowStatus, Option<Instant>)>,
+}
+
+struct Inner {
+    target: Target,
+    shadow: Option<Shadow>,
+    journal: JournalFile,
+    connections: BTreeMap<ConnId, Answers>,
+    /// The hashing that is wanted; another one or none ends the thread that works on it.
+    hashing: Option<HashId>,
+    /// Why the shadow could not be promoted.
+    problem: String,
+    promotion: Option<Result<Promoted, String>>,
+    /// Promoted already.
+    done: Option<Promoted>,
+    /// Given up: threads of it stop.
+    ended: bool,
+}
+
+impl Slot {
+    pub(super) fn new(shared: Arc<Shared>, uuid: &str, domain: &str, term: u64) -> Result<Arc<Self>, ApiError> {
+        let guest =
+            GuestUuid::parse(uuid).ok_or_else(|| ApiError::new("invalid", format!("{uuid:?} is not a UUID")))?;
+        let failed = |error: &dyn std::fmt::Display| {
+            ApiError::new("failed", format!("shadow of {domain} on {}: {error}", shared.host))
+        };
+        let dir = dir_of(&shared.run_dir, uuid);
+        fs::create_dir_all(&dir).map_err(|error| failed(&format!("{}: {error}", dir.display())))?;
+        // Twice what may be staged, as the target promises, and room for device states.
+        let journal =
+            JournalFile::open(&dir.join("journal"), 2 * STAGING_LIMIT_BYTES + (64 << 20)).map_err(|e| failed(&e))?;
+        let config = TargetConfig {
+            guest,
+            host: shared.host.clone(),
+            term: Term::new(term),
+            staging_limit_bytes: STAGING_LIMIT_BYTES,
+        };
+        let libvirt = Arc::clone(&shared.libvirt);
+        let status = ShadowStatus {
+            uuid: uuid.into(),
+            term,
+            committed_epoch: 0,
+            connected: false,
+            problem: "nothing committed yet".into(),
+        };
+        let slot = Arc::new(Self {
+            shared,
+            uuid: uuid.into(),
+            guest,
+            domain: domain.into(),
+            started: Instant::now(),
+            inner: Mutex::new(Inner {
+                target: Target::new(config),
+                shadow: None,
+                journal,
+                connections: BTreeMap::new(),
+                hashing: None,
+                problem: "nothing committed yet".into(),
+                promotion: None,
+                done: None,
+                ended: false,
+            }),
+            status: Mutex::new((status, None)),
+        });
+        let weak = Arc::downgrade(&slot);
+        let listener = move |event: &HypervisorEvent| {
+            if let HypervisorEvent::Lifecycle { event: Lifecycle::Stopped(_), .. } = event
+                && let Some(slot) = weak.upgrade()
+            {
+                // Not here: this thread passes on everybody's events.
+                let _ = std::thread::Builder::new().name("shadow-ended".into()).spawn(move || slot.image_ended());
+            }
+        };
+        libvirt.listen(uuid, Arc::new(listener));
+        Ok(slot)
+    }
+
+    /// Goes on with what a former agent left: its waiting domain, its state record, its journal.
+    pub(super) fn take_up(slot: &Arc<Self>) {
+        let slot = Arc::clone(slot);
+        let spawned = std::thread::Builder::new().name("shadow-take-up".into()).spawn(move || slot.take_up_now());
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot take up a shadow");
+        }
+    }
+
+    fn take_up_now(self: &Arc<Self>) {
+        let dir = dir_of(&self.shared.run_dir, &self.uuid);
+        let Ok(state) = fs::read(dir.join("target")) else { return };
+        // libvirtd may still be starting, as after a reboot.
+        let give_up_at = Instant::now() + Duration::from_secs(20);
+        let hypervisor = loop {
+            match self.shared.libvirt.get() {
+                Ok(hypervisor) => break hypervisor,
+                Err(_) if Instant::now() < give_up_at => std::thread::sleep(Duration::from_millis(50)),
+                Err(error) => return tracing::warn!(guest = self.domain, %error, "shadow not taken up"),
+            }
+        };
+        let mut inner = self.lock();
+        if inner.shadow.is_some() {
+            return;
+        }
+        let adopted = match Shadow::adopt(&hypervisor, &self.uuid, &self.shared.run_dir) {
+            Ok(adopted) => adopted,
+            Err(error) => return tracing::warn!(guest = self.domain, %error, "the shadow cannot be taken up"),
+        };
+        if matches!(adopted, Adopted::None) {
+            return tracing::info!(guest = self.domain, "the shadow's domain is gone; waiting for its primary");
+        }
+        let journal = inner.journal.read_all().unwrap_or_default();
+        let resumed = match Target::resume(self.config(inner.target.view().term), &state, &journal) {
+            Ok(resumed) => resumed,
+            Err(error) => return tracing::warn!(guest = self.domain, %error, "a shadow's state record is of no use"),
+        };
+        for note in resumed.notes {
+            tracing::info!(guest = self.domain, note, "taking up a shadow");
+        }
+        inner.target = resumed.target;
+        let mut effects = resumed.effects;
+        match adopted {
+            Adopted::Waiting(shadow) => inner.shadow = Some(*shadow),
+            Adopted::Promoted(done) => {
+                inner.done = inner.target.promotion().map(|promotion| Promoted {
+                    term: promotion.term.get(),
+                    epoch: promotion.commit.epoch.get(),
+                    took_us: done.timings.running_us,
+                });
+                effects.clear();
+                inner.ended = true;
+            }
+            Adopted::None => {}
+        }
+        let mut events = VecDeque::new();
+        self.perform(&mut inner, &mut effects, &mut events);
+        let epoch = inner.target.committed().map_or(0, |commit| commit.epoch.get());
+        tracing::info!(guest = self.domain, epoch, "shadow taken up where it was");
+        self.publish(&inner);
+    }
+
+    fn config(&self, term: Term) -> TargetConfig {
+        TargetConfig {
+            guest: self.guest,
+            host: self.shared.host.clone(),
+            term,
+            staging_limit_bytes: STAGING_LIMIT_BYTES,
+        }
+    }
+
+    /// The waiting QEMU ended: somebody destroyed it, or the host ran out of memory.
+    fn image_ended(self: &Arc<Self>) {
+        let mut inner = self.lock();
+        if inner.ended || inner.shadow.as_ref().is_none_or(|shadow| shadow.problem().is_none()) {
+            return;
+        }
+        tracing::warn!(guest = self.domain, "the shadow's QEMU ended; it is made anew");
+        inner.problem = "its waiting QEMU ended; it is being made anew".into();
+        self.step_locked(&mut inner, TargetEvent::ImageLost);
+        self.destroy_image(&mut inner);
+        self.publish(&inner);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub(super) fn status(&self) -> ShadowStatus {
+        super::lock(&self.status).0.clone()
+    }
+
+    pub(super) fn silent_ms(&self) -> Option<u64> {
+        super::lock(&self.status).1.map(|heard| heard.elapsed().as_millis() as u64)
+    }
+
+    pub(super) fn connected(&self, conn: ConnId, answers: Answers) {
+        self.lock().connections.insert(conn, answers);
+    }
+
+    pub(super) fn disconnected(self: &Arc<Self>, conn: ConnId) {
+        self.step(TargetEvent::Disconnected { conn });
+        self.lock().connections.remove(&conn);
+    }
+
+    pub(super) fn received(self: &Arc<Self>, conn: ConnId, message: SourceMessage) {
+        super::lock(&self.status).1 = Some(Instant::now());
+        self.step(TargetEvent::Received { conn, message });
+    }
+
+    pub(super) fn unreadable(self: &Arc<Self>, conn: ConnId, error: WireError) {
+        self.step(TargetEvent::Unreadable { conn, error });
+    }
+
+    /// One step of the core with all that follows from it.
+    fn step(self: &Arc<Self>, event: TargetEvent) {
+        let mut inner = self.lock();
+        self.step_locked(&mut inner, event);
+    }
+
+    fn step_locked(self: &Arc<Self>, inner: &mut Inner, event: TargetEvent) {
+        if inner.ended {
+            return;
+        }
+        let now = Millis::new(self.started.elapsed().as_millis() as u64);
+        let mut events = VecDeque::from([event]);
+        let mut effects = Vec::new();
+        while let Some(event) = events.pop_front() {
+            inner.target.step(now, event, &mut effects);
+            self.perform(inner, &mut effects, &mut events);
+        }
+        self.publish(inner);
+    }
+
+    /// Carries out effects in order. A failure of the image or the files ends what the shadow has: it says so and
+    /// starts over, it never lies.
+    fn perform(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        effects: &mut Vec<TargetEffect>,
+        events: &mut VecDeque<TargetEvent>,
+    ) {
+        for effect in effects.drain(..) {
+            if let Err(error) = self.perform_one(inner, effect) {
+                tracing::error!(guest = self.domain, error, "the shadow's image is given up");
+                inner.problem = error;
+                self.destroy_image(inner);
+                events.clear();
+                events.push_back(TargetEvent::ImageLost);
+                // What was to follow relied on what failed.
+                break;
+            }
+        }
+        effects.clear();
+    }
+
+    fn perform_one(self: &Arc<Self>, inner: &mut Inner, effect: TargetEffect) -> Result<(), String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        match effect {
+            TargetEffect::Prepare { hello, keep } => self.begin_prepare(hello, keep),
+            TargetEffect::SaveState(bytes) => {
+                write_durably(&dir_of(&self.shared.run_dir, &self.uuid).join("target"), &bytes)
+                    .map_err(|error| format!("state record: {error}"))?;
+            }
+            TargetEffect::AppendJournal { bytes, durable } => {
+                inner.journal.append(&bytes).map_err(|e| text(&e))?;
+                if durable {
+                    inner.journal.seal().map_err(|e| text(&e))?;
+                }
+            }
+            TargetEffect::TruncateJournal { len_bytes } => inner.journal.truncate(len_bytes).map_err(|e| text(&e))?,
+            TargetEffect::Apply(frame) => apply(inner, &frame)?,
+            TargetEffect::Hash { id, seed } => {
+                inner.hashing = Some(id);
+                self.begin_hashing(id, seed);
+            }
+            TargetEffect::StopHash { id } => {
+                if inner.hashing == Some(id) {
+                    inner.hashing = None;
+                }
+            }
+            TargetEffect::Send { conn, bytes } => {
+                if let Some(answers) = inner.connections.get(&conn) {
+                    answers.send(bytes);
+                }
+            }
+            TargetEffect::Close { conn, reason } => {
+                tracing::info!(guest = self.domain, %reason, "closing a primary's connection");
+                if let Some(answers) = inner.connections.remove(&conn) {
+                    answers.close();
+                }
+            }
+            TargetEffect::Committed(_) => inner.problem.clear(),
+            TargetEffect::CommitLost => inner.problem = "its last commit was given up; a new copy is coming".into(),
+            TargetEffect::Promote(promotion) => {
+                inner.promotion = Some(self.start_guest(inner, &promotion));
+            }
+            TargetEffect::PromoteRefused(refusal) => inner.promotion = Some(Err(refusal_text(&refusal))),
+        }
+        Ok(())
+    }
+
+    /// Makes the waiting domain, on a thread of its own: it takes half a second.
+    fn begin_prepare(self: &Arc<Self>, hello: Box<Hello>, keep: bool) {
+        let slot = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("shadow-prepare".into()).spawn(move || {
+            let result = slot.prepare(&hello, keep);
+            if let Err(error) = &result {
+                tracing::warn!(guest = slot.domain, error, "cannot make the shadow");
+                slot.lock().problem.clone_from(error);
+            }
+            slot.step(TargetEvent::PrepareDone { result });
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot make a shadow");
+        }
+    }
+
+    fn prepare(self: &Arc<Self>, hello: &Hello, keep: bool) -> Result<PreparedImage, String> {
+        let description: ShadowDescription = serde_json::from_slice(&hello.description)
+            .map_err(|error| format!("the primary's description cannot be read: {error}"))?;
+        if description.uuid != self.uuid {
+            return Err(format!("the primary describes guest {}, not {}", description.uuid, self.uuid));
+        }
+        let hypervisor = self.shared.libvirt.get().map_err(|e| e.to_string())?;
+        let mut inner = self.lock();
+        if inner.ended {
+            return Err("the shadow is no longer wanted".into());
+        }
+        let before = inner.shadow.take().map(|shadow| shadow.process());
+        super::lock(&self.shared.starting).insert(self.uuid.clone());
+        let made = Shadow::prepare(&hypervisor, &description, &hello.layout, &self.shared.run_dir);
+        super::lock(&self.shared.starting).remove(&self.uuid);
+        let kept = made.as_ref().is_ok_and(|shadow| Some(shadow.process()) == before);
+        if before.is_some() && !(kept && keep) {
+            self.step_locked(&mut inner, TargetEvent::ImageLost);
+        }
+        inner.shadow = Some(made.map_err(|e| e.to_string())?);
+        Ok(if kept { PreparedImage::Kept } else { PreparedImage::Fresh })
+    }
+
+    /// Hashes all pages on a thread of its own, a bit at a time.
+    fn begin_hashing(self: &Arc<Self>, id: HashId, seed: HashSeed) {
+        let slot = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("shadow-hash".into()).spawn(move || slot.hash_all(id, seed));
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot hash a shadow");
+        }
+    }
+
+    fn hash_all(self: &Arc<Self>, id: HashId, seed: HashSeed) {
+        let mut linear = 0u64;
+        let mut page = [0u8; PAGE_SIZE];
+        loop {
+            let mut inner = self.lock();
+            if inner.hashing != Some(id) || inner.ended {
+                return;
+            }
+            if inner.connections.values().any(Answers::is_busy) {
+                drop(inner);
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            }
+            let Some(shadow) = &inner.shadow else { return };
+            let layout = shadow.image().layout().clone();
+            let Some(start) = layout.addr(linear) else {
+                inner.hashing = None;
+                return self.step_locked(&mut inner, TargetEvent::HashingDone { id });
+            };
+            let left = layout.block_pages(start.block) - u64::from(start.page.get());
+            let count = (left as usize).min(HASH_PAGES_AT_ONCE);
+            let mut hashes = Vec::with_capacity(count);
+            for index in 0..count as u32 {
+                let addr = PageAddr::new(start.block.get(), start.page.get() + index);
+                if let Err(error) = shadow.image().read_page(addr, &mut page) {
+                    tracing::error!(guest = self.domain, %error, "cannot read the shadow's memory");
+                    return;
+                }
+                hashes.push(hash_page(seed, &page));
+            }
+            linear += count as u64;
+            self.step_locked(&mut inner, TargetEvent::Hashed { id, start, hashes });
+        }
+    }
+
+    pub(super) fn promote(self: &Arc<Self>, term: u64, after_epoch: u64) -> Result<Promoted, ApiError> {
+        let mut inner = self.lock();
+        if let Some(done) = inner.done.filter(|done| done.term == term) {
+            return Ok(done);
+        }
+        inner.promotion = None;
+        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after_epoch) };
+        self.step_locked(&mut inner, event);
+        let subject = format!("shadow of {} on {}", self.domain, self.shared.host);
+        match inner.promotion.take() {
+            Some(Ok(promoted)) => {
+                inner.ended = true;
+                inner.done = Some(promoted);
+                self.shared.libvirt.forget(&self.uuid);
+                remove_files(&dir_of(&self.shared.run_dir, &self.uuid));
+                Ok(promoted)
+            }
+            Some(Err(reason)) => Err(ApiError::new("refused", format!("{subject} was not promoted: {reason}"))),
+            None => Err(ApiError::new("failed", format!("{subject} was not promoted: {}", inner.problem))),
+        }
+    }
+
+    fn start_guest(&self, inner: &mut Inner, promotion: &Promotion) -> Result<Promoted, String> {
+        let began = Instant::now();
+        let shadow = inner.shadow.take().ok_or("its domain is gone")?;
+        let state = &promotion.device_state;
+        let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
+        let done = shadow.promote(&hypervisor, &state.bytes, state.running).map_err(|error| error.to_string())?;
+        let timings = done.timings;
+        for warning in done.warnings {
+            tracing::warn!(guest = self.domain, warning, "after the promotion");
+        }
+        let took_us = began.elapsed().as_micros() as u64;
+        let (term, epoch) = (promotion.term.get(), promotion.commit.epoch.get());
+        tracing::warn!(guest = self.domain, term, epoch, ?timings, "promoted: the guest runs here now");
+        Ok(Promoted { term, epoch, took_us })
+    }
+
+    /// Gives the shadow up for good.
+    pub(super) fn destroy(self: &Arc<Self>) -> Result<(), ApiError> {
+        let mut inner = self.lock();
+        self.step_locked(&mut inner, TargetEvent::ImageLost);
+        inner.ended = true;
+        inner.connections.values().for_each(Answers::close);
+        inner.connections.clear();
+        self.destroy_image(&mut inner);
+        self.shared.libvirt.forget(&self.uuid);
+        remove_files(&dir_of(&self.shared.run_dir, &self.uuid));
+        tracing::info!(guest = self.domain, "shadow dropped");
+        Ok(())
+    }
+
+    fn destroy_image(&self, inner: &mut Inner) {
+        inner.shadow = None;
+        let removed = self.shared.libvirt.get().map_err(|error| error.to_string()).and_then(|hypervisor| {
+            Shadow::remove(&hypervisor, &self.uuid, &self.shared.run_dir).map_err(|error| error.to_string())
+        });
+        if let Err(error) = removed {
+            tracing::error!(guest = self.domain, error, "cannot remove the shadow's domain");
+        }
+        if let Err(error) = inner.journal.truncate(0) {
+            tracing::error!(guest = self.domain, %error, "cannot empty the shadow's journal");
+        }
+    }
+
+    fn publish(&self, inner: &Inner) {
+        let view = inner.target.view();
+        let mut status = super::lock(&self.status);
+        status.0.term = view.term.get();
+        status.0.committed_epoch = view.commit.map_or(0, |commit| commit.epoch.get());
+        status.0.connected = view.source_host.is_some();
+        status.0.problem = match (&inner.shadow, view.commit) {
+            (Some(_), Some(_)) => String::new(),
+            _ if inner.problem.is_empty() => "nothing committed yet".into(),
+            _ => inner.problem.clone(),
+        };
+    }
+}
+
+fn apply(inner: &mut Inner, frame: &PagesFrame) -> Result<(), String> {
+    let image = inner.shadow.as_mut().ok_or("its domain is gone")?.image_mut();
+    for (addr, content) in frame.iter() {
+        match content {
+            PageContent::Zero => image.zero_page(addr),
+            PageContent::Data(page) => image.write_page(addr, page),
+        }
+        .map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+fn refusal_text(refusal: &PromoteRefusal) -> String {
+    refusal.to_string()
+}
+
+fn dir_of(run_dir: &Path, uuid: &str) -> PathBuf {
+    run_dir.join("targets").join(uuid)
+}
+
+fn remove_files(dir: &Path) {
+    if let Err(error) = fs::remove_dir_all(dir)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(dir = %dir.display(), %error, "cannot remove a shadow's files");
+    }
+}
+
+/// Replaces a file whole: the old or the new content is there after a crash, never a mixture.
+fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
