@@ -10,7 +10,7 @@ use nix::unistd::User;
 
 use super::error::{LabError, Result};
 use super::init::{InitSpec, NodeStatus, STATUS_PATH, ServiceSpec};
-use super::namespace;
+use super::namespace::{self, FABRIC, UPLINK};
 use super::process::{self, ProcessRef};
 use super::state::{CACHE_ROOT, LabState, MANAGER_IP, NodeState, QemuUser, Role, node_run_link, node_var_dir};
 use crate::config::{AgentConfig, Config, DEFAULT_CONFIG_PATH, ManagerConfig};
@@ -155,10 +155,20 @@ fn prepare_libvirt(state: &LabState, node: &NodeState, dir: &Path, programs: &Pr
             .map_err(LabError::io("change owner of", &console))?;
     }
     // Asking a QEMU what it can do takes libvirtd a second: the first lab asks, later ones are told.
-    copy_capabilities(&Path::new(CACHE_ROOT).join("libvirt"), &dir.join("var-cache-libvirt").join(CAPABILITIES))
+    copy_capabilities(&kept_capabilities(state.qemu_user), &dir.join("var-cache-libvirt").join(CAPABILITIES))
 }
 
-/// Copies libvirt's capability records; libvirtd itself checks whether they still fit this machine.
+/// One place per user: what QEMU can do depends on whether its user may open /dev/kvm.
+fn kept_capabilities(user: QemuUser) -> PathBuf {
+    let name = match user {
+        QemuUser::Root => "capabilities-root",
+        QemuUser::LibvirtQemu => "capabilities-libvirt-qemu",
+    };
+    Path::new(CACHE_ROOT).join(name)
+}
+
+/// Copies libvirt's capability records; libvirtd itself checks whether they still fit this machine (where CPUID tells
+/// on which CPU it was asked, they fit only half of the time).
 fn copy_capabilities(from: &Path, to: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(from) else { return Ok(()) };
     create_dir(to)?;
@@ -171,9 +181,9 @@ fn copy_capabilities(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Keeps what the libvirtd of `host` found out for the labs to come.
-pub fn keep_capabilities(lab: &str, host: &str) -> Result<()> {
-    let found = node_var_dir(lab, host).join("var-cache-libvirt").join(CAPABILITIES);
-    copy_capabilities(&found, &Path::new(CACHE_ROOT).join("libvirt"))
+pub fn keep_capabilities(state: &LabState, host: &str) -> Result<()> {
+    let found = node_var_dir(&state.name, host).join("var-cache-libvirt").join(CAPABILITIES);
+    copy_capabilities(&found, &kept_capabilities(state.qemu_user))
 }
 
 fn write_config(node: &NodeState, dir: &Path) -> Result<()> {
@@ -206,6 +216,8 @@ pub fn power_on(lab: &str, node: &NodeState, programs: &Programs) -> Result<Proc
     namespace::plug(lab, &node.name, &node.rack, node.ip, node.role == Role::Host)?;
     if node.link_cut {
         namespace::set_port(lab, &node.name, false)?;
+    } else {
+        namespace::wait_forwarding(lab, &[(FABRIC, &node.name), (&node.name, UPLINK)])?;
     }
     let log_path = node_var_dir(lab, &node.name).join("log/init.log");
     let log = OpenOptions::new().create(true).append(true).open(&log_path).map_err(LabError::io("open", &log_path))?;
@@ -268,13 +280,13 @@ pub fn wait_libvirt(lab: &str, host: &str) -> Result<()> {
 }
 
 /// Ends a node at once: its link first, so that no packet tells its peers, then all that runs on it. Returns when the
-/// power went, measured from the moment the link was down.
+/// power went: the moment before the link went down.
 pub fn power_cut(lab: &str, node: &NodeState) -> Result<Instant> {
     let has_netns = namespace::netns_path(lab, &node.name).exists();
+    let cut = Instant::now();
     if has_netns {
         namespace::set_port(lab, &node.name, false)?;
     }
-    let cut = Instant::now();
     if let Some(init) = node.init {
         init.kill()?;
         init.wait_end()?;

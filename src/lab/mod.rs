@@ -43,6 +43,7 @@ pub use state::{CLIENT, GuestState, LabState, MANAGER, QemuUser};
 pub use status::{LabStatus, NodeReport, Power};
 
 use host::Programs;
+use namespace::{FABRIC, UPLINK};
 use state::LabLock;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(200);
@@ -265,7 +266,11 @@ impl Lab {
         LabLock::acquire(&self.name)?.update(|state| {
             let rack = raise::rack_names(state.racks).find(|r| r == name);
             if let Some(rack) = rack {
-                namespace::set_port(&self.name, &namespace::rack_port(&rack), !cut)?;
+                let (rack_port, spine_port) = (namespace::rack_port(&rack), namespace::spine_port(&rack));
+                namespace::set_port(&self.name, &rack_port, !cut)?;
+                if !cut {
+                    namespace::wait_forwarding(&self.name, &[(FABRIC, &rack_port), (FABRIC, &spine_port)])?;
+                }
                 state.cut_racks.retain(|r| *r != rack);
                 if cut {
                     state.cut_racks.push(rack);
@@ -276,6 +281,9 @@ impl Lab {
             let node = state.node_mut(name)?;
             if has_power {
                 namespace::set_port(&self.name, name, !cut)?;
+                if !cut {
+                    namespace::wait_forwarding(&self.name, &[(FABRIC, name), (name, UPLINK)])?;
+                }
             }
             node.link_cut = cut;
             Ok(())

@@ -13,6 +13,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -24,9 +25,11 @@ const NETNS_DIR: &str = "/run/netns";
 pub const FABRIC: &str = "fabric";
 pub const SPINE: &str = "spine";
 /// Name inside a node of its end of the cable.
-const UPLINK: &str = "uplink";
+pub const UPLINK: &str = "uplink";
 /// Bridge of a host, which its guests' taps join.
 pub const HOST_BRIDGE: &str = "br0";
+const FORWARDING_TIMEOUT: Duration = Duration::from_secs(10);
+const FORWARDING_POLL: Duration = Duration::from_millis(5);
 const BRIDGE_OPTIONS: &str = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0";
 
 pub fn netns_name(lab: &str, node: &str) -> String {
@@ -80,7 +83,7 @@ pub fn add_fabric(lab: &str, racks: &[String]) -> Result<()> {
     add(lab, FABRIC)?;
     let mut lines = format!("link add {SPINE} {BRIDGE_OPTIONS}\nlink set {SPINE} up\n");
     for rack in racks {
-        let (down, up) = (format!("{SPINE}-{rack}"), rack_port(rack));
+        let (down, up) = (spine_port(rack), rack_port(rack));
         lines += &format!(
             "link add {rack} {BRIDGE_OPTIONS}\nlink set {rack} up\n\
              link add {up} type veth peer name {down}\n\
@@ -93,6 +96,11 @@ pub fn add_fabric(lab: &str, racks: &[String]) -> Result<()> {
 /// Port of a rack's switch towards the spine.
 pub fn rack_port(rack: &str) -> String {
     format!("{rack}-up")
+}
+
+/// The spine's port towards a rack.
+pub fn spine_port(rack: &str) -> String {
+    format!("{SPINE}-{rack}")
 }
 
 /// Connects a node to a switch of the fabric. With `bridged` its address is on its own bridge, else on the cable.
@@ -129,6 +137,30 @@ pub fn unplug(lab: &str, node: &str) -> Result<()> {
 pub fn set_port(lab: &str, port: &str, up: bool) -> Result<()> {
     let state = if up { "up" } else { "down" };
     run(Command::new("ip").args(["-n", &netns_name(lab, FABRIC), "link", "set", port, state])).map(drop)
+}
+
+/// Waits until these interfaces, each (node, name), carry packets. The kernel finds carrier and lets a bridge's port
+/// forward some time after a link was set up, mostly within a millisecond, at worst after a second.
+pub fn wait_forwarding(lab: &str, interfaces: &[(&str, &str)]) -> Result<()> {
+    let begin = Instant::now();
+    for (node, interface) in interfaces {
+        loop {
+            let netns = netns_name(lab, node);
+            let shown = run(Command::new("ip").args(["-n", &netns, "-d", "-o", "link", "show", interface]))?;
+            let shown = String::from_utf8_lossy(&shown.stdout);
+            if shown.contains(" state UP ") && (!shown.contains("bridge_slave") || shown.contains(" state forwarding "))
+            {
+                break;
+            }
+            if begin.elapsed() > FORWARDING_TIMEOUT {
+                let what = format!("interface {interface} of {node} does not forward");
+                let detail = shown.lines().next().unwrap_or_default().chars().take(200).collect();
+                return Err(LabError::Timeout { what, waited_ms: begin.elapsed().as_millis(), detail });
+            }
+            std::thread::sleep(FORWARDING_POLL);
+        }
+    }
+    Ok(())
 }
 
 /// Runs `work` on a thread of its own inside a network namespace; sockets made there stay there.

@@ -9,7 +9,7 @@ use super::LabOptions;
 use super::error::{LabError, Result};
 use super::guest::uuid_from;
 use super::host::{self, Programs};
-use super::namespace::{self, SPINE};
+use super::namespace::{self, FABRIC, SPINE, UPLINK};
 use super::process::ProcessRef;
 use super::state::{
     self, CLIENT, CLIENT_IP, HOSTS_MAX, LOG_ROOT, LabLock, LabState, MANAGER, MANAGER_IP, NodeState, RUN_ROOT, Role,
@@ -126,6 +126,7 @@ fn raise(lock: &LabLock, state: &mut LabState, options: &LabOptions, programs: &
     namespace::add_fabric(&state.name, &rack_names(state.racks).collect::<Vec<_>>())?;
     namespace::add(&state.name, CLIENT)?;
     namespace::plug(&state.name, CLIENT, SPINE, CLIENT_IP, false)?;
+    namespace::wait_forwarding(&state.name, &[(FABRIC, CLIENT), (CLIENT, UPLINK)])?;
     go_on()?;
     say(options, &format!("network of {} racks is there", state.racks));
 
@@ -153,7 +154,7 @@ fn raise(lock: &LabLock, state: &mut LabState, options: &LabOptions, programs: &
     });
     answered.into_iter().collect::<Result<()>>()?;
     go_on()?;
-    host::keep_capabilities(&state.name, "host1")?;
+    host::keep_capabilities(state, "host1")?;
     state.complete = true;
     lock.save(state)?;
     say(options, &format!("up after {:.1} s", begin.elapsed().as_secs_f64()));
@@ -248,11 +249,14 @@ fn save_logs(lab: &str) -> Result<PathBuf> {
 pub fn sweep() {
     for lab in state::all_labs() {
         let orphan = |state: Option<LabState>| state.and_then(|s| s.owner).is_some_and(|o| !o.is_alive());
-        if orphan(state::load(&lab).ok().flatten())
-            && let Err(error) = down(&lab, false)
-        {
-            // Another process may be removing it too; the lab that is being raised now does not depend on it.
-            eprintln!("lab {lab}: left by a test that died, cannot be removed: {error}");
+        if !orphan(state::load(&lab).ok().flatten()) {
+            continue;
+        }
+        match down(&lab, false) {
+            // Another process swept it meanwhile.
+            Ok(_) | Err(LabError::NotUp { .. }) => {}
+            // The lab that is being raised now does not depend on it.
+            Err(error) => eprintln!("lab {lab}: left by a test that died, cannot be removed: {error}"),
         }
     }
 }
