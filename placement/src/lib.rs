@@ -1,1 +1,13 @@
-//! Decides; see DESIGN.
+//! Which hosts keep a guest's shadows, and who may be its primary.
+//!
+//! This crate decides and does nothing: no clock, file, socket, thread or random source. [`topology`] chooses hosts;
+//! [`term`] holds the rules of primaryship; [`guardian`] is the state machine that turns silence, deaths and orders
+//! into what is written down first and what is said afterwards.
+#![forbid(unsafe_code)]
+
+pub mod guardian;
+pub mod term;
+pub mod topology;
+pub mod units;
+
+pub use units::{Epoch, GuestId, HostName, Moment, Term};

@@ -1,0 +1,315 @@
+//! What operators ask for: checked against the plan, then put into it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::context::Context;
+use super::failover::{self, Cause};
+use super::model::{Guest, GuestPlan, Leave, Live, Phase};
+use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, switchover};
+use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
+use crate::units::{Epoch, GuestId, HostName, Moment, Term};
+
+/// Bounds of the time between cuts, milliseconds.
+pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 5..=60_000;
+
+/// An `Enable` with its fields.
+struct Wish {
+    guest: GuestId,
+    domain: String,
+    host: HostName,
+    memory_mib: u64,
+    shadows: u32,
+    interval_ms: u64,
+    on: Vec<HostName>,
+}
+
+impl Guardian {
+    pub(super) fn requested(&mut self, now: Moment, id: RequestId, request: Request, ready: &mut Ready) {
+        let known = |guest: &GuestId| match self.guest(guest) {
+            Some(_) => Ok(()),
+            None => Err(RequestError::NotFound(format!("guest {guest} is not protected"))),
+        };
+        let result = match request {
+            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, on } => {
+                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, on };
+                let result = self.enable(now, wish, ready);
+                ready.then.push(Action::Answer { id, result: result.map(|()| Reply::Enabled) });
+                return;
+            }
+            Request::Disable { guest } => {
+                known(&guest).map(|()| self.with_guest(now, &guest, ready, |guest, cx| disable(guest, cx, id)))
+            }
+            Request::Promote { guest, to, force } => known(&guest).map(|()| {
+                self.with_guest(now, &guest, ready, |guest, cx| {
+                    if let Err(error) = promote(guest, cx, id, to, force) {
+                        cx.answer(Some(id), Err(error));
+                    }
+                });
+            }),
+            Request::Switchover { guest, to } => known(&guest).map(|()| {
+                self.with_guest(now, &guest, ready, |guest, cx| {
+                    if let Err(error) = switch_over(guest, cx, id, to) {
+                        cx.answer(Some(id), Err(error));
+                    }
+                });
+            }),
+        };
+        if let Err(error) = result {
+            ready.then.push(Action::Answer { id, result: Err(error) });
+        }
+    }
+
+    fn enable(&mut self, now: Moment, wish: Wish, ready: &mut Ready) -> Result<(), RequestError> {
+        check_wish(&wish)?;
+        if !self.hosts.get(&wish.host).is_some_and(|host| host.connected) {
+            return Err(RequestError::Conflict(format!("host {} is not connected to the manager", wish.host)));
+        }
+        let id = wish.guest.clone();
+        if !self.guests.contains_key(&id) {
+            let plan = GuestPlan {
+                id: id.clone(),
+                domain: wish.domain.clone(),
+                term: self.strangers.get(&id).copied().unwrap_or(Term(0)),
+                primary: wish.host.clone(),
+                shadows_wanted: 0,
+                interval_ms: wish.interval_ms,
+                memory_mib: wish.memory_mib,
+                on: Vec::new(),
+                seats: BTreeSet::new(),
+                former: BTreeMap::new(),
+                phase: Phase::Leaving,
+            };
+            self.guests.insert(id.clone(), Guest::resumed(plan, now));
+        }
+        let mut result = Ok(());
+        self.with_guest(now, &id, ready, |guest, cx| result = apply(guest, cx, wish));
+        result
+    }
+}
+
+fn check_wish(wish: &Wish) -> Result<(), RequestError> {
+    let invalid = |message: String| Err(RequestError::Invalid(message));
+    if wish.shadows == 0 || wish.shadows > MAX_SHADOWS {
+        return invalid(format!("{} shadows: must be 1 to {MAX_SHADOWS}", wish.shadows));
+    }
+    if !INTERVAL_MS.contains(&wish.interval_ms) {
+        let (min, max) = (INTERVAL_MS.start(), INTERVAL_MS.end());
+        return invalid(format!("interval of {} ms: must be {min} to {max}", wish.interval_ms));
+    }
+    let distinct: BTreeSet<_> = wish.on.iter().collect();
+    if distinct.len() != wish.on.len() {
+        return invalid("a host is named twice".into());
+    }
+    if wish.on.len() > wish.shadows as usize {
+        return invalid(format!("{} hosts named for {} shadows", wish.on.len(), wish.shadows));
+    }
+    Ok(())
+}
+
+/// Enables a guest, or changes what an enabled one wants.
+fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), RequestError> {
+    let domain = &guest.plan.domain;
+    match &guest.plan.phase {
+        Phase::Leaving | Phase::Stopped { .. } | Phase::Lost { .. } => (),
+        Phase::Steady if guest.plan.primary == wish.host => (),
+        Phase::Steady => {
+            let primary = &guest.plan.primary;
+            return Err(RequestError::Conflict(format!(
+                "guest {domain} is protected already, with {primary} as primary"
+            )));
+        }
+        Phase::FailingOver(_) | Phase::SwitchingOver(_) => {
+            return Err(RequestError::Conflict(format!(
+                "guest {domain} is being moved; try again when that has ended"
+            )));
+        }
+    }
+    // Named hosts must all do; those that keep a shadow already do.
+    let new_guest = guest.plan.phase == Phase::Leaving;
+    let mut existing: Vec<HostName> = if new_guest || guest.plan.primary != wish.host {
+        Vec::new()
+    } else {
+        let keep = |host: &&HostName| wish.on.is_empty() || wish.on.contains(host);
+        guest.plan.seats.iter().filter(keep).cloned().collect()
+    };
+    existing.truncate(wish.shadows as usize);
+    let on: Vec<HostName> = wish.on.iter().filter(|host| !existing.contains(host)).cloned().collect();
+    let request = ShadowRequest {
+        primary: &wish.host,
+        guest_memory_mib: wish.memory_mib,
+        wanted: (wish.shadows as usize).saturating_sub(existing.len()),
+        on: &on,
+    };
+    let chosen = choose_shadow_hosts(&request, &cx.facts(None), &existing)
+        .map_err(|refusal| RequestError::Refused(format!("guest {}: {refusal}", wish.domain)))?;
+
+    let old_primary = std::mem::replace(&mut guest.plan.primary, wish.host.clone());
+    if !new_guest && old_primary != wish.host {
+        guest.plan.former.insert(old_primary, Leave::Retire);
+    }
+    let seats: BTreeSet<HostName> = existing.into_iter().chain(chosen).collect();
+    for host in guest.plan.seats.iter().filter(|host| !seats.contains(*host)) {
+        guest.plan.former.insert(host.clone(), Leave::Drop);
+    }
+    let plan = &mut guest.plan;
+    plan.former.remove(&plan.primary);
+    plan.former.retain(|host, leave| !(seats.contains(host) && matches!(leave, Leave::Release | Leave::Drop)));
+    if plan.phase != Phase::Steady {
+        plan.term = plan.term.next();
+        plan.phase = Phase::Steady;
+        guest.live = Live::new(cx.now);
+    }
+    plan.seats = seats;
+    plan.domain = wish.domain;
+    plan.shadows_wanted = wish.shadows;
+    plan.memory_mib = wish.memory_mib;
+    plan.on = wish.on;
+    if plan.interval_ms != wish.interval_ms {
+        plan.interval_ms = wish.interval_ms;
+        guest.live.protect = super::Seat::Needed;
+    }
+    let names: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();
+    let message = format!(
+        "{} shadows on {} every {} ms, primary on {}",
+        names.len(),
+        names.join(", "),
+        guest.plan.interval_ms,
+        guest.plan.primary
+    );
+    cx.note(Level::Info, "enable", guest, Some(&guest.plan.primary), message);
+    Ok(())
+}
+
+fn disable(guest: &mut Guest, cx: &mut Context<'_>, id: RequestId) {
+    if let Phase::SwitchingOver(_)
+    | Phase::FailingOver(super::Failover { step: super::FailoverStep::Promote { .. }, .. }) = &guest.plan.phase
+    {
+        let message = format!("guest {} is being moved; try again when that has ended", guest.plan.domain);
+        return cx.answer(Some(id), Err(RequestError::Conflict(message)));
+    }
+    cx.note(Level::Info, "disable", guest, Some(&guest.plan.primary), "no longer protected");
+    let asker = guest.live.asker.take();
+    cx.answer(asker, Err(RequestError::Conflict("the guest was disabled meanwhile".into())));
+    for host in std::mem::take(&mut guest.plan.seats) {
+        guest.plan.former.insert(host, Leave::Drop);
+    }
+    guest.plan.former.insert(guest.plan.primary.clone(), Leave::Release);
+    guest.plan.phase = Phase::Leaving;
+    guest.live = Live::new(cx.now);
+    if cx.is_connected(&guest.plan.primary) {
+        guest.live.asker = Some(id);
+    } else {
+        let message = format!("{} is not connected; it is told when it comes back", guest.plan.primary);
+        cx.answer(Some(id), Ok(Reply::Disabled { message }));
+    }
+}
+
+fn promote(
+    guest: &mut Guest,
+    cx: &mut Context<'_>,
+    id: RequestId,
+    to: Option<HostName>,
+    force: bool,
+) -> Result<(), RequestError> {
+    let domain = guest.plan.domain.clone();
+    let primary = guest.plan.primary.clone();
+    if let Some(to) = &to {
+        check_target(guest, cx, to)?;
+    }
+    let (text, retire_first) = match &guest.plan.phase {
+        Phase::Lost { .. } => ("ordered by an operator".to_owned(), false),
+        Phase::Steady if !force => {
+            return Err(RequestError::Conflict(format!(
+                "guest {domain} has a primary on {primary} that is not counted as gone; move it without loss with \
+                 `virt-shadow switchover {domain}`, or stop it there first with --force"
+            )));
+        }
+        Phase::Steady => ("stopped by an operator's forced promotion".to_owned(), true),
+        Phase::FailingOver(_) => {
+            return Err(RequestError::Conflict(format!("guest {domain} is failing over already: {}", guest.reason())));
+        }
+        Phase::SwitchingOver(_) => {
+            return Err(RequestError::Conflict(format!("guest {domain} is being switched over")));
+        }
+        Phase::Stopped { how } => {
+            return Err(RequestError::Conflict(format!(
+                "guest {domain} was stopped on purpose ({how}) and has no shadows; start it on {primary}"
+            )));
+        }
+        Phase::Leaving => return Err(RequestError::NotFound(format!("guest {domain} is not protected"))),
+    };
+    if guest.plan.seats.is_empty() {
+        return Err(RequestError::Conflict(format!("guest {domain} has no shadow that could be promoted")));
+    }
+    if retire_first && !cx.is_connected(&primary) {
+        return Err(RequestError::Conflict(format!(
+            "guest {domain} may still run on {primary}, whose agent is silent and cannot stop it; cut its power, and \
+             the guest fails over by itself"
+        )));
+    }
+    let last_epoch = failover::newest_cut(guest, cx);
+    failover::begin(guest, cx, Cause { text, last_epoch, only_to: to, retire_first });
+    guest.live.asker = Some(id);
+    Ok(())
+}
+
+fn switch_over(
+    guest: &mut Guest,
+    cx: &mut Context<'_>,
+    id: RequestId,
+    to: Option<HostName>,
+) -> Result<(), RequestError> {
+    let domain = guest.plan.domain.clone();
+    let conflict = |message: String| Err(RequestError::Conflict(format!("guest {domain}: {message}")));
+    if guest.plan.phase != Phase::Steady {
+        return conflict(format!("only a steady guest can be switched over; {}", guest.reason()));
+    }
+    let primary = guest.plan.primary.clone();
+    if !cx.is_up(&primary) {
+        return conflict(format!("the agent of its primary {primary} is silent; look with `virt-shadow hosts`"));
+    }
+    let report = cx.hosts.get(&primary).and_then(|host| host.report.primaries.get(&guest.plan.id));
+    let committed = |host: &HostName| {
+        let peer = report.and_then(|report| report.peers.get(host));
+        peer.filter(|peer| peer.following && peer.committed > Epoch(0)).map(|peer| peer.committed)
+    };
+    let to = match to {
+        Some(to) => {
+            check_target(guest, cx, &to)?;
+            if committed(&to).is_none() {
+                return conflict(format!(
+                    "the shadow on {to} does not follow yet; wait until `info` shows it following"
+                ));
+            }
+            to
+        }
+        None => {
+            let ready = guest.plan.seats.iter().filter(|host| cx.is_up(host));
+            let best = ready.filter_map(|host| Some((committed(host)?, std::cmp::Reverse(host)))).max();
+            match best {
+                Some((_, host)) => host.0.clone(),
+                None => return conflict("no shadow follows its primary, so none could take over without loss".into()),
+            }
+        }
+    };
+    switchover::begin(guest, cx, to, id);
+    Ok(())
+}
+
+fn check_target(guest: &Guest, cx: &Context<'_>, to: &HostName) -> Result<(), RequestError> {
+    let domain = &guest.plan.domain;
+    if *to == guest.plan.primary {
+        return Err(RequestError::Invalid(format!("guest {domain} has its primary on {to} already")));
+    }
+    if !guest.plan.seats.contains(to) {
+        let seats: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();
+        return Err(RequestError::Invalid(format!(
+            "guest {domain} has no shadow on {to}; it has: {}",
+            seats.join(", ")
+        )));
+    }
+    if !cx.is_up(to) {
+        return Err(RequestError::Conflict(format!("host {to} is not up; look with `virt-shadow hosts`")));
+    }
+    Ok(())
+}

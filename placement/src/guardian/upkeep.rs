@@ -1,0 +1,317 @@
+//! Brings hosts to what the plan says: shadows placed and accepted, the primary told of them, former copies given up.
+//!
+//! Nothing here remembers what it did beyond "told, and it said yes": after a restart of ours or of an agent every order
+//! is given again, which is harmless.
+
+use super::context::{Context, DoneOrder};
+use super::model::{Guest, Health, Leave, Phase, Seat};
+use super::{Level, Order, Outcome, Reply, failover, lifecycle, switchover};
+use crate::topology::{Refusal, ShadowRequest, choose_shadow_hosts};
+use crate::units::HostName;
+
+const ACCEPT_TIMEOUT_MS: u64 = 10_000;
+const PROTECT_TIMEOUT_MS: u64 = 20_000;
+const LEAVE_TIMEOUT_MS: u64 = 20_000;
+/// How long a host that refused a shadow is left alone.
+const EXCLUDED_MS: u64 = 60_000;
+const PLACEMENT_EVERY_MS: u64 = 500;
+/// A host that is silent, but not down, loses its shadows only after this many times `replace_after_ms`.
+const SILENT_FACTOR: u64 = 6;
+
+/// Does everything for a guest that can be done now.
+pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
+    if guest.plan.phase == Phase::Steady {
+        lifecycle::tend(guest, cx);
+    }
+    failover::tend(guest, cx);
+    switchover::tend(guest, cx);
+    if guest.plan.phase == Phase::Steady {
+        place(guest, cx);
+        replace(guest, cx);
+        drop_surplus(guest);
+        accept(guest, cx);
+        protect(guest, cx);
+        tell_redundancy(guest, cx);
+    }
+    leave(guest, cx);
+}
+
+fn place(guest: &mut Guest, cx: &mut Context<'_>) {
+    let lacking = (guest.plan.shadows_wanted as usize).saturating_sub(guest.plan.seats.len());
+    if lacking == 0 {
+        guest.live.placement_note.clear();
+        return;
+    }
+    if cx.now < guest.live.next_placement {
+        return;
+    }
+    guest.live.next_placement = cx.now.plus_ms(PLACEMENT_EVERY_MS);
+    // Hosts the operator named come first, each if it can; the rest is free choice.
+    for named in guest.plan.on.clone() {
+        if guest.plan.seats.len() < guest.plan.shadows_wanted as usize
+            && let Ok(chosen) = look_for(guest, cx, 1, &[named])
+        {
+            seat(guest, cx, &chosen);
+        }
+    }
+    let lacking = (guest.plan.shadows_wanted as usize).saturating_sub(guest.plan.seats.len());
+    if lacking == 0 {
+        return;
+    }
+    let (chosen, note) = match look_for(guest, cx, lacking, &[]) {
+        Ok(chosen) => (chosen, String::new()),
+        Err(refusal) => (refusal.possible.clone(), refusal.to_string()),
+    };
+    guest.live.placement_note = note;
+    seat(guest, cx, &chosen);
+}
+
+fn look_for(guest: &Guest, cx: &Context<'_>, wanted: usize, on: &[HostName]) -> Result<Vec<HostName>, Refusal> {
+    let existing: Vec<_> = guest.plan.seats.iter().cloned().collect();
+    look_for_besides(guest, cx, wanted, on, &existing)
+}
+
+fn look_for_besides(
+    guest: &Guest,
+    cx: &Context<'_>,
+    wanted: usize,
+    on: &[HostName],
+    existing: &[HostName],
+) -> Result<Vec<HostName>, Refusal> {
+    let request = ShadowRequest { primary: &guest.plan.primary, guest_memory_mib: guest.plan.memory_mib, wanted, on };
+    choose_shadow_hosts(&request, &cx.facts(Some(guest)), existing)
+}
+
+fn seat(guest: &mut Guest, cx: &mut Context<'_>, chosen: &[HostName]) {
+    for host in chosen {
+        cx.note(Level::Info, "shadow-placed", guest, Some(host), format!("a shadow goes to {host}"));
+        guest.plan.seats.insert(host.clone());
+        guest.live.accepts.remove(host);
+    }
+}
+
+/// Shadows on hosts that stay away are made elsewhere, if there is an elsewhere.
+fn replace(guest: &mut Guest, cx: &mut Context<'_>) {
+    let away = |host: &HostName| {
+        let Some(host) = cx.hosts.get(host) else { return true };
+        match host.health {
+            Health::Down { since } => cx.now.ms_since(since) >= cx.settings.replace_after_ms,
+            _ if host.is_up() => false,
+            _ => cx.now.ms_since(host.last_seen) >= cx.settings.replace_after_ms.saturating_mul(SILENT_FACTOR),
+        }
+    };
+    let gone: Vec<HostName> = guest.plan.seats.iter().filter(|host| away(host)).cloned().collect();
+    if gone.is_empty() || cx.now < guest.live.next_placement {
+        return;
+    }
+    guest.live.next_placement = cx.now.plus_ms(PLACEMENT_EVERY_MS);
+    for host in gone {
+        let others: Vec<_> = guest.plan.seats.iter().filter(|seat| **seat != host).cloned().collect();
+        if let Ok(chosen) = look_for_besides(guest, cx, 1, &[], &others) {
+            guest.plan.seats.remove(&host);
+            guest.live.accepts.remove(&host);
+            guest.plan.former.insert(host, Leave::Drop);
+            seat(guest, cx, &chosen);
+        }
+    }
+}
+
+fn drop_surplus(guest: &mut Guest) {
+    while guest.plan.seats.len() > guest.plan.shadows_wanted as usize {
+        let named = |host: &&HostName| guest.plan.on.contains(host);
+        let not_named = guest.plan.seats.iter().rev().find(|host| !named(host));
+        let Some(host) = not_named.or_else(|| guest.plan.seats.iter().next_back()).cloned() else { return };
+        guest.plan.seats.remove(&host);
+        guest.live.accepts.remove(&host);
+        guest.plan.former.insert(host, Leave::Drop);
+    }
+}
+
+/// A former copy on that host is not yet given up.
+fn must_leave_first(guest: &Guest, host: &HostName) -> bool {
+    guest.plan.former.get(host).is_some_and(|leave| *leave != Leave::Retired)
+}
+
+fn accept(guest: &mut Guest, cx: &mut Context<'_>) {
+    for host in guest.plan.seats.clone() {
+        let state = guest.live.accepts.entry(host.clone()).or_default();
+        if !state.due(cx.now) || !cx.is_connected(&host) || must_leave_first(guest, &host) {
+            continue;
+        }
+        let order = Order::AcceptShadow {
+            guest: guest.plan.id.clone(),
+            domain: guest.plan.domain.clone(),
+            term: guest.plan.term,
+            primary: guest.plan.primary.clone(),
+        };
+        let token = cx.order(guest, &host, order, ACCEPT_TIMEOUT_MS);
+        guest.live.accepts.insert(host, Seat::Sent(token));
+    }
+}
+
+fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
+    let accepts = &guest.live.accepts;
+    let ready: Vec<HostName> =
+        guest.plan.seats.iter().filter(|host| matches!(accepts.get(*host), Some(Seat::Done { .. }))).cloned().collect();
+    let changed = matches!(guest.live.protect, Seat::Done { .. }) && guest.live.protected_with != ready;
+    if !(changed || guest.live.protect.due(cx.now)) || !cx.is_connected(&guest.plan.primary) {
+        return;
+    }
+    // With no shadow ready there is no hurry: wait for those that are about to be.
+    let soon = |host: &&HostName| matches!(accepts.get(*host), Some(Seat::Sent(_)) | None | Some(Seat::Needed));
+    if ready.is_empty() && guest.plan.seats.iter().filter(|host| cx.is_connected(host)).any(|host| soon(&host)) {
+        return;
+    }
+    let order = Order::Protect {
+        guest: guest.plan.id.clone(),
+        domain: guest.plan.domain.clone(),
+        term: guest.plan.term,
+        interval_ms: guest.plan.interval_ms,
+        shadows: ready.clone(),
+    };
+    let primary = guest.plan.primary.clone();
+    guest.live.protected_with = ready;
+    guest.live.protect = Seat::Sent(cx.order(guest, &primary, order, PROTECT_TIMEOUT_MS));
+}
+
+fn leave(guest: &mut Guest, cx: &mut Context<'_>) {
+    let leaving = guest.plan.phase == Phase::Leaving;
+    for (host, what) in guest.plan.former.clone() {
+        let what = if leaving && what == Leave::Retired { Leave::Release } else { what };
+        let state = guest.live.leaves.entry(host.clone()).or_default();
+        if what == Leave::Retired || !state.due(cx.now) || !cx.is_connected(&host) {
+            continue;
+        }
+        let id = guest.plan.id.clone();
+        let order = match what {
+            Leave::Retire | Leave::Retired => Order::Retire { guest: id, term: guest.plan.term },
+            Leave::Drop => Order::DropShadow { guest: id },
+            Leave::Release => Order::Release { guest: id },
+        };
+        guest.plan.former.insert(host.clone(), what);
+        let token = cx.order(guest, &host, order, LEAVE_TIMEOUT_MS);
+        guest.live.leaves.insert(host, Seat::Sent(token));
+    }
+}
+
+/// Tells when the wanted number of shadows follows, and when it no longer does.
+fn tell_redundancy(guest: &mut Guest, cx: &mut Context<'_>) {
+    let Some(report) = cx.hosts.get(&guest.plan.primary).and_then(|host| host.report.primaries.get(&guest.plan.id))
+    else {
+        return;
+    };
+    let follows = |host: &&HostName| report.peers.get(*host).is_some_and(|peer| peer.following && peer.committed.0 > 0);
+    let following = guest.plan.seats.iter().filter(follows).count() as u32;
+    let wanted = guest.plan.shadows_wanted;
+    let whole = following >= wanted;
+    if guest.live.told_whole == Some(whole) || (guest.live.told_whole.is_none() && !whole) {
+        guest.live.change_seen = None;
+        return;
+    }
+    // A loss is told once it has lasted: a shadow that is late for one epoch is no news.
+    let since = *guest.live.change_seen.get_or_insert(cx.now);
+    if whole || cx.now.ms_since(since) >= 1_000 {
+        guest.live.told_whole = Some(whole);
+        guest.live.change_seen = None;
+        let message = format!("{following} of {wanted} shadows follow");
+        if whole {
+            cx.note(Level::Info, "guest-protected", guest, None, message);
+        } else {
+            cx.note(Level::Warning, "guest-degraded", guest, None, message);
+        }
+    }
+}
+
+pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    match &done.order {
+        Order::AcceptShadow { .. } => accept_done(guest, cx, done),
+        Order::Protect { .. } => protect_done(guest, cx, done),
+        Order::Retire { .. } if guest.live.moving == Some(done.token) => failover::retired_first(guest, cx, &done),
+        Order::Retire { .. } | Order::DropShadow { .. } | Order::Release { .. } => leave_done(guest, cx, done),
+        _ => (),
+    }
+}
+
+fn accept_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    let host = done.host;
+    if guest.live.accepts.get(&host) != Some(&Seat::Sent(done.token)) {
+        return;
+    }
+    let named = guest.plan.on.contains(&host);
+    match done.outcome {
+        Outcome::Done(_) => {
+            guest.plan.former.remove(&host);
+            guest.live.attempts.remove(&host);
+            guest.live.accepts.insert(host, Seat::Done { at: cx.now });
+        }
+        Outcome::Refused { code, message } if code != "unavailable" && !named => {
+            cx.note(Level::Warning, "shadow-refused", guest, Some(&host), format!("{host}: {message}"));
+            guest.plan.seats.remove(&host);
+            guest.live.accepts.remove(&host);
+            guest.live.excluded.insert(host, (cx.now.plus_ms(EXCLUDED_MS), message));
+            guest.live.next_placement = cx.now;
+        }
+        Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
+            let attempts = guest.live.attempts.entry(host.clone()).or_default();
+            *attempts += 1;
+            let failed = Seat::failed(reason, *attempts, cx.now);
+            guest.live.accepts.insert(host, failed);
+        }
+    }
+}
+
+fn protect_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    if guest.live.protect != Seat::Sent(done.token) {
+        return;
+    }
+    match done.outcome {
+        Outcome::Done(_) => {
+            guest.live.attempts.remove(&done.host);
+            guest.live.protect = Seat::Done { at: cx.now };
+        }
+        Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
+            let attempts = guest.live.attempts.entry(done.host.clone()).or_default();
+            *attempts += 1;
+            let attempts = *attempts;
+            if attempts == 1 {
+                let message = format!("{} does not protect it: {reason}", done.host);
+                cx.note(Level::Warning, "protect-failed", guest, Some(&done.host), message);
+            }
+            guest.live.protect = Seat::failed(reason, attempts, cx.now);
+        }
+    }
+}
+
+fn leave_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    let host = done.host;
+    if guest.live.leaves.get(&host) != Some(&Seat::Sent(done.token)) {
+        return;
+    }
+    match done.outcome {
+        Outcome::Done(_) => {
+            guest.live.leaves.remove(&host);
+            guest.live.attempts.remove(&host);
+            match guest.plan.former.get(&host) {
+                Some(Leave::Retire) => guest.plan.former.insert(host.clone(), Leave::Retired),
+                _ => guest.plan.former.remove(&host),
+            };
+        }
+        Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
+            let attempts = guest.live.attempts.entry(host.clone()).or_default();
+            *attempts += 1;
+            let attempts = *attempts;
+            if attempts == 1 {
+                cx.note(Level::Warning, "former-copy", guest, Some(&host), format!("still on {host}: {reason}"));
+            }
+            guest.live.leaves.insert(host.clone(), Seat::failed(reason, attempts, cx.now));
+        }
+    }
+    if guest.plan.phase == Phase::Leaving && host == guest.plan.primary {
+        let message = match guest.plan.former.contains_key(&host) {
+            true => format!("{host} has not released it yet; it is told again until it does"),
+            false => String::new(),
+        };
+        let asker = guest.live.asker.take();
+        cx.answer(asker, Ok(Reply::Disabled { message }));
+    }
+}
