@@ -20,6 +20,7 @@
 //! - A host is counted as down when it answers neither us nor any host asked as a witness. This is the place where
 //!   fencing comes in, and [`crate::term`] says where leases do.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -66,7 +67,7 @@ impl Default for Settings {
 pub struct Token(pub u64);
 
 /// Names a request of an operator, who waits for its [`Action::Answer`]. Chosen by the caller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
 /// What happened.
@@ -289,7 +290,7 @@ pub enum Order {
 pub struct Note {
     pub level: Level,
     /// Stable, such as `guest-promoted`.
-    pub kind: &'static str,
+    pub kind: Cow<'static, str>,
     pub domain: Option<String>,
     pub host: Option<HostName>,
     pub message: String,

@@ -257,7 +257,8 @@ pub struct DoctorCheck {
 #[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// Stable: `not-found`, `not-running`, `refused`, `conflict`, `invalid`, `unavailable`, `failed`.
+    /// Stable: `not-found`, `not-running`, `refused`, `conflict`, `invalid`, `unavailable`, `failed`,
+    /// `method-not-allowed`.
     pub code: String,
     /// What failed, on which guest and host, and what to do.
     pub message: String,
@@ -272,6 +273,7 @@ impl ApiError {
             "not-found" => 404,
             "not-running" | "refused" | "conflict" => 409,
             "invalid" => 400,
+            "method-not-allowed" => 405,
             "unavailable" => 503,
             _ => 500,
         }

@@ -1,1 +1,109 @@
-fn main() {}
+//! `virtshadowd`: the daemon on every host, with the agent role, and on one of them (or apart) the manager role.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use virt_shadow::api::server::{self, Backend};
+use virt_shadow::config::{Config, DEFAULT_CONFIG_PATH};
+use virt_shadow::manager::{Manager, Options};
+
+/// Keeps shadows of this host's guests on other hosts, and shadows of other hosts' guests here.
+#[derive(Parser)]
+#[command(name = "virtshadowd", version)]
+struct Arguments {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG_PATH)]
+    config: PathBuf,
+    /// What to log: error, warn, info, debug, trace, or per module (virt_shadow::manager=debug)
+    #[arg(long, value_name = "LEVEL", env = "VIRT_SHADOW_LOG", default_value = "info")]
+    log: String,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match start(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: virtshadowd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(&arguments.log).with_context(|| format!("--log {}", arguments.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let config = Config::load(&arguments.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build()?;
+    let result = runtime.block_on(run(config));
+    // Threads in calls that never return must not keep a daemon that was told to end.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    result
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let (stop, shutdown) = watch::channel(false);
+    let listener = server::listen(&config.socket).await?;
+    let manager = match config.manager.enabled {
+        true => Some(Manager::start(Options::from_config(&config), shutdown.clone()).await?),
+        false => None,
+    };
+    let (link, link_seen) = watch::channel(None);
+    let backend = Backend { host: config.host.clone(), manager, agent: config.agent.enabled.then_some(link_seen) };
+    let api = tokio::spawn(server::serve(listener, backend, shutdown.clone()));
+    let socket = config.socket.clone();
+    let agent_enabled = config.agent.enabled;
+    let mut agent = tokio::spawn(async move {
+        match agent_enabled {
+            true => virt_shadow::agent::run(config, shutdown, link).await,
+            false => {
+                let mut shutdown = shutdown;
+                shutdown.wait_for(|stop| *stop).await?;
+                Ok(())
+            }
+        }
+    });
+    notify("READY=1");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let ended_itself = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = &mut agent => Some(ended),
+    };
+    notify("STOPPING=1");
+    tracing::info!("shutting down");
+    stop.send_replace(true);
+    let ended = match ended_itself {
+        Some(ended) => ended.context("agent").and_then(|result| result.context("agent")),
+        None => match tokio::time::timeout(std::time::Duration::from_secs(10), agent).await {
+            Ok(ended) => ended.context("agent").and_then(|result| result.context("agent")),
+            Err(_) => Err(anyhow::anyhow!("agent did not end within 10 s")),
+        },
+    };
+    api.abort();
+    // Gone, or never ours to begin with: nothing to do about it.
+    let _ = std::fs::remove_file(&socket);
+    ended
+}
+
+/// Tells the service manager, if there is one, how we are (see sd_notify(3)).
+fn notify(state: &str) {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    };
+    let told = address.and_then(|to| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &to));
+    if let Err(error) = told {
+        tracing::warn!("NOTIFY_SOCKET: {error}");
+    }
+}

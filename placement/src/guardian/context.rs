@@ -86,7 +86,7 @@ impl Context<'_> {
     ) {
         self.ready.save.push(Save::Note(Note {
             level,
-            kind,
+            kind: kind.into(),
             domain: Some(guest.plan.domain.clone()),
             host: host.cloned(),
             message: message.into(),

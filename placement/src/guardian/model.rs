@@ -16,6 +16,8 @@ pub struct HostIntro {
     pub rack: String,
     /// Where the manager probes it: the address its control connection came from, with its sync port.
     pub probe_addr: SocketAddr,
+    /// Where other hosts reach its sync port.
+    pub sync_addr: SocketAddr,
 }
 
 /// One guest in the records of a host.

@@ -1,0 +1,310 @@
+//! The REST API of the fleet: one function, used by the manager's own unix socket and for calls that agents forward.
+
+use std::time::Duration;
+
+use placement::HostName;
+use placement::guardian::{Guest, Reply, Request};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::core::State;
+use super::links::CallError;
+use super::{Manager, translate};
+use crate::api::control::{Command, Done};
+use crate::api::percent;
+use crate::api::types::{ApiError, EnableRequest, GuestState, MoveReport, MoveRequest};
+
+/// Longest wait for new events, milliseconds.
+pub const MAX_WAIT_MS: u64 = 30_000;
+const MAX_EVENTS: u32 = 1_000;
+const DEFAULT_EVENTS: u32 = 200;
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
+const MOVE_TIMEOUT: Duration = Duration::from_secs(60);
+const DISABLE_TIMEOUT: Duration = Duration::from_secs(30);
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(120);
+
+impl Manager {
+    /// Answers one call. `path` begins with `/v1/` and may have a query. -> HTTP status, body
+    pub async fn api(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        match self.route(method, path, body).await {
+            Ok(answer) => (200, answer),
+            Err(error) => failure(&error),
+        }
+    }
+
+    async fn route(&self, method: &str, path: &str, body: Value) -> Result<Value, ApiError> {
+        let (path, query) = match path.split_once('?') {
+            Some((path, query)) => (path, Some(query)),
+            None => (path, None),
+        };
+        let segments: Vec<String> = path
+            .trim_start_matches('/')
+            .split('/')
+            .map(|segment| percent::decode(segment).ok_or_else(|| invalid(format!("{segment:?} is not UTF-8"))))
+            .collect::<Result<_, _>>()?;
+        let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+        match (method, segments.as_slice()) {
+            ("GET", ["v1", "hosts"]) => self.read(|state| to_json(&state.host_views())).await?,
+            ("GET", ["v1", "guests"]) => self.read(|state| to_json(&state.guest_views())).await?,
+            ("POST", ["v1", "guests"]) => self.enable(parse(body)?).await,
+            ("GET", ["v1", "guests", domain]) => {
+                self.with_guest(domain, |state, guest| to_json(&state.guest_view(guest))).await?
+            }
+            ("DELETE", ["v1", "guests", domain]) => self.disable(domain).await,
+            ("POST", ["v1", "guests", domain, "promote"]) => self.promote(domain, parse_or_default(body)?).await,
+            ("POST", ["v1", "guests", domain, "switchover"]) => self.switch_over(domain, parse_or_default(body)?).await,
+            ("POST", ["v1", "guests", domain, "verify"]) => self.verify(domain).await,
+            ("GET", ["v1", "events"]) => self.events(query).await,
+            (
+                _,
+                ["v1", "hosts" | "guests" | "events"]
+                | ["v1", "guests", _]
+                | ["v1", "guests", _, "promote" | "switchover" | "verify"],
+            ) => Err(ApiError::new("method-not-allowed", format!("{method} is not possible on {path}"))),
+            _ => Err(ApiError::new("not-found", format!("the API has no {path}"))),
+        }
+    }
+
+    /// Finds a guest by name or UUID and looks at it.
+    async fn with_guest<T: Send + 'static>(
+        &self,
+        domain: &str,
+        look: impl FnOnce(&State, &Guest) -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let domain = domain.to_owned();
+        self.read(move |state| Ok(look(state, find(state, &domain)?))).await?
+    }
+
+    async fn enable(&self, request: EnableRequest) -> Result<Value, ApiError> {
+        let (host, found) = self.locate(&request.domain, request.host.as_deref()).await?;
+        let Found { uuid, domain, memory_bytes, running, refusals } = found;
+        if !running {
+            return Err(ApiError::new(
+                "not-running",
+                format!("domain {domain} on {host} is not running; start it with `virsh start {domain}`"),
+            ));
+        }
+        if !refusals.is_empty() {
+            return Err(ApiError::new("refused", format!("domain {domain} on {host}: {}", refusals.join("; "))));
+        }
+        let id = translate::guest_id(&uuid);
+        let wish = Request::Enable {
+            guest: id.clone(),
+            domain,
+            host,
+            memory_mib: memory_bytes.div_ceil(1 << 20),
+            shadows: request.shadows,
+            interval_ms: request.interval_ms,
+            on: request.on.into_iter().map(HostName::from).collect(),
+        };
+        self.request(wish, DISABLE_TIMEOUT).await?;
+        self.with_guest(id.as_str(), |state, guest| to_json(&state.guest_view(guest))).await?
+    }
+
+    /// The host that `domain` is on: `here`, where it was asked for, or else the only one that has it.
+    async fn locate(&self, domain: &str, here: Option<&str>) -> Result<(HostName, Found), ApiError> {
+        let mut hosts = self.links.connected();
+        if let Some(here) = here.map(HostName::from) {
+            match self.describe(&here, domain).await {
+                Ok(found) if found.running => return Ok((here, found)),
+                Err(error) if error.code != "not-found" => return Err(error),
+                // It may be defined here and run elsewhere; if not, this is what is told.
+                Ok(found) => match self.describe_on(hosts.iter().filter(|host| **host != here), domain).await.pop() {
+                    Some((host, Ok(elsewhere))) if elsewhere.running && elsewhere.uuid == found.uuid => {
+                        return Ok((host, elsewhere));
+                    }
+                    _ => return Ok((here, found)),
+                },
+                Err(_) => hosts.retain(|host| *host != here),
+            }
+        }
+        let mut found = Vec::new();
+        let mut silent = Vec::new();
+        for (host, result) in self.describe_on(hosts.iter(), domain).await {
+            match result {
+                Ok(what) => found.push((host, what)),
+                Err(error) if error.code == "not-found" => (),
+                Err(error) => silent.push(format!("{host}: {}", error.message)),
+            }
+        }
+        if found.iter().any(|(_, what)| what.running) {
+            found.retain(|(_, what)| what.running);
+        }
+        let names: Vec<_> = found.iter().map(|(host, _)| host.to_string()).collect();
+        match found.pop() {
+            Some(one) if found.is_empty() => Ok(one),
+            Some(_) => Err(ApiError::new(
+                "conflict",
+                format!("domain {domain} is on {}; enable it on the host that is meant", names.join(", ")),
+            )),
+            None if silent.is_empty() => Err(ApiError::new(
+                "not-found",
+                format!("no domain {domain} on any of the {} connected hosts", self.links.connected().len()),
+            )),
+            None => Err(ApiError::new("unavailable", format!("domain {domain} was not found; {}", silent.join("; ")))),
+        }
+    }
+
+    async fn describe_on<'a>(
+        &self,
+        hosts: impl Iterator<Item = &'a HostName>,
+        domain: &str,
+    ) -> Vec<(HostName, Result<Found, ApiError>)> {
+        let mut asked = JoinSet::new();
+        for host in hosts.cloned() {
+            let (manager, domain) = (self.clone(), domain.to_owned());
+            asked.spawn(async move {
+                let result = manager.describe(&host, &domain).await;
+                (host, result)
+            });
+        }
+        let mut answers = asked.join_all().await;
+        answers.sort_by(|(a, _), (b, _)| a.cmp(b));
+        // Those that have it come last, running ones at the very end.
+        answers.sort_by_key(|(_, result)| result.as_ref().map_or(0, |found| 1 + u8::from(found.running)));
+        answers
+    }
+
+    async fn describe(&self, host: &HostName, domain: &str) -> Result<Found, ApiError> {
+        match self.call(host, Command::Describe { domain: domain.into() }, DESCRIBE_TIMEOUT).await? {
+            Done::Described { uuid, domain, memory_bytes, running, refusals } => {
+                Ok(Found { uuid, domain, memory_bytes, running, refusals })
+            }
+            other => Err(strange(host, &other)),
+        }
+    }
+
+    async fn call(&self, host: &HostName, command: Command, timeout: Duration) -> Result<Done, ApiError> {
+        self.links.call(host, command, timeout).await.map_err(|error| match error {
+            CallError::Refused(error) => error,
+            CallError::Unknown(why) => ApiError::new("unavailable", why),
+        })
+    }
+
+    async fn disable(&self, domain: &str) -> Result<Value, ApiError> {
+        let (id, domain) =
+            self.with_guest(domain, |_, guest| (guest.plan.id.clone(), guest.plan.domain.clone())).await?;
+        let reply = self.request(Request::Disable { guest: id.clone() }, DISABLE_TIMEOUT).await?;
+        let message = if let Reply::Disabled { message } = reply { message } else { String::new() };
+        Ok(json!({ "domain": domain, "uuid": id.to_string(), "message": message }))
+    }
+
+    async fn promote(&self, domain: &str, request: MoveRequest) -> Result<Value, ApiError> {
+        let guest = self.with_guest(domain, |_, guest| guest.plan.id.clone()).await?;
+        let to = request.to.map(HostName::from);
+        self.moved(domain, Request::Promote { guest, to, force: request.force }).await
+    }
+
+    async fn switch_over(&self, domain: &str, request: MoveRequest) -> Result<Value, ApiError> {
+        if request.force {
+            return Err(invalid("a switchover cannot be forced; that is what promote is for".into()));
+        }
+        let guest = self.with_guest(domain, |_, guest| guest.plan.id.clone()).await?;
+        self.moved(domain, Request::Switchover { guest, to: request.to.map(HostName::from) }).await
+    }
+
+    async fn moved(&self, domain: &str, request: Request) -> Result<Value, ApiError> {
+        match self.request(request, MOVE_TIMEOUT).await? {
+            Reply::Moved { from, to, term, epoch, epochs_lost, took_us, pause_us } => to_json(&MoveReport {
+                domain: domain.into(),
+                from: from.to_string(),
+                to: to.to_string(),
+                term: term.0,
+                epoch: epoch.0,
+                epochs_lost,
+                took_ms: took_us as f64 / 1e3,
+                pause_ms: pause_us.map(|us| us as f64 / 1e3),
+            }),
+            Reply::Enabled | Reply::Disabled { .. } => {
+                Err(ApiError::new("failed", "the manager answered another question"))
+            }
+        }
+    }
+
+    async fn verify(&self, domain: &str) -> Result<Value, ApiError> {
+        let (id, host, state, reason) = self
+            .with_guest(domain, |state, guest| {
+                let view = state.guest_view(guest);
+                (guest.plan.id.clone(), guest.plan.primary.clone(), view.state, view.reason)
+            })
+            .await?;
+        if !matches!(state, GuestState::Protected | GuestState::Degraded) {
+            let message = format!("guest {domain} has no shadow to compare with: {reason}");
+            return Err(ApiError::new("conflict", message));
+        }
+        match self.call(&host, Command::Verify { uuid: id.to_string() }, VERIFY_TIMEOUT).await? {
+            Done::Verified(report) => to_json(&report),
+            other => Err(strange(&host, &other)),
+        }
+    }
+
+    async fn events(&self, query: Option<&str>) -> Result<Value, ApiError> {
+        let [since, wait_ms, limit] = percent::query(query, ["since", "wait_ms", "limit"])
+            .map_err(|key| invalid(format!("events know since, wait_ms and limit, not {key:?}")))?;
+        let number = |name: &str, value: Option<String>, default: u64| match value {
+            None => Ok(default),
+            Some(text) => text.parse().map_err(|_| invalid(format!("{name}: {text:?} is not a number"))),
+        };
+        let since = number("since", since, 0)?;
+        let wait = Duration::from_millis(number("wait_ms", wait_ms, 0)?.min(MAX_WAIT_MS));
+        let limit = number("limit", limit, DEFAULT_EVENTS.into())?.clamp(1, MAX_EVENTS.into()) as u32;
+        let mut newest = self.newest_event.clone();
+        // Whether it came or the wait is over: what there is gets answered.
+        let _ = tokio::time::timeout(wait, newest.wait_for(|newest| *newest > since)).await;
+        let events = self.read(move |state| state.store.events(since, limit)).await?;
+        to_json(&events.map_err(|error| ApiError::new("failed", error.to_string()))?)
+    }
+}
+
+/// A domain on a host.
+struct Found {
+    uuid: String,
+    domain: String,
+    memory_bytes: u64,
+    running: bool,
+    refusals: Vec<String>,
+}
+
+fn find<'a>(state: &'a State, key: &str) -> Result<&'a Guest, ApiError> {
+    if let Some(guest) = state.guardian.guest(&translate::guest_id(key)) {
+        return Ok(guest);
+    }
+    let mut named = state.guardian.guests().filter(|guest| guest.plan.domain == key);
+    match (named.next(), named.next()) {
+        (Some(guest), None) => Ok(guest),
+        (Some(_), Some(_)) => {
+            Err(ApiError::new("conflict", format!("several protected guests are named {key}; give the UUID")))
+        }
+        (None, _) => Err(ApiError::new(
+            "not-found",
+            format!("no protected guest {key}; see `virt-shadow list`, or protect it with `virt-shadow enable {key}`"),
+        )),
+    }
+}
+
+/// Status and body of an answer that is not 2xx.
+pub(crate) fn failure(error: &ApiError) -> (u16, Value) {
+    (error.http_status(), json!({ "code": error.code, "message": error.message }))
+}
+
+fn invalid(message: String) -> ApiError {
+    ApiError::new("invalid", message)
+}
+
+fn strange(host: &HostName, done: &Done) -> ApiError {
+    ApiError::new("failed", format!("agent of {host} answered something else than was asked: {done:?}"))
+}
+
+fn parse<T: DeserializeOwned>(body: Value) -> Result<T, ApiError> {
+    serde_json::from_value(body).map_err(|error| invalid(format!("request: {error}")))
+}
+
+fn parse_or_default<T: DeserializeOwned + Default>(body: Value) -> Result<T, ApiError> {
+    if body.is_null() { Ok(T::default()) } else { parse(body) }
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<Value, ApiError> {
+    serde_json::to_value(value).map_err(|error| ApiError::new("failed", format!("answer: {error}")))
+}
