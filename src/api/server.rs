@@ -42,8 +42,8 @@ pub struct Backend {
     pub host: String,
     /// Present with the manager role.
     pub manager: Option<Manager>,
-    /// Present with the agent role; holds the link once the agent has started it.
-    pub agent: Option<watch::Receiver<Option<AgentLink>>>,
+    /// Present with the agent role.
+    pub agent: Option<AgentLink>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -174,13 +174,10 @@ impl Backend {
         })
     }
 
-    fn link(&self) -> Result<AgentLink, ApiError> {
-        let Some(agent) = &self.agent else {
-            return Err(ApiError::new("unavailable", format!("{} has the manager role only, no agent", self.host)));
-        };
-        agent.borrow().clone().ok_or_else(|| {
-            ApiError::new("unavailable", format!("the agent of {} is starting; try again in a moment", self.host))
-        })
+    fn link(&self) -> Result<&AgentLink, ApiError> {
+        self.agent
+            .as_ref()
+            .ok_or_else(|| ApiError::new("unavailable", format!("{} has the manager role only, no agent", self.host)))
     }
 
     async fn doctor(&self) -> Result<Value, ApiError> {
@@ -202,10 +199,7 @@ impl Backend {
         let [uuid, _name] = percent::query(Some(query), ["uuid", "name"])
             .map_err(|key| ApiError::new("invalid", format!("hook knows uuid and name, not {key:?}")))?;
         let Some(uuid) = uuid else { return Err(ApiError::new("invalid", "hook needs the uuid of the guest")) };
-        let reason = match &self.agent {
-            None => None,
-            Some(_) => self.link()?.may_start(&uuid.to_ascii_lowercase()).err(),
-        };
+        let reason = self.agent.as_ref().and_then(|link| link.may_start(&uuid.to_ascii_lowercase()).err());
         Ok(json!({ "allowed": reason.is_none(), "reason": reason.unwrap_or_default() }))
     }
 

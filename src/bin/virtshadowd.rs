@@ -53,43 +53,26 @@ async fn run(config: Config) -> anyhow::Result<()> {
         true => Some(Manager::start(Options::from_config(&config), shutdown.clone()).await?),
         false => None,
     };
-    let (link, link_seen) = watch::channel(None);
-    let backend = Backend { host: config.host.clone(), manager, agent: config.agent.enabled.then_some(link_seen) };
-    let api = tokio::spawn(server::serve(listener, backend, shutdown.clone()));
-    let socket = config.socket.clone();
-    let agent_enabled = config.agent.enabled;
-    let mut agent = tokio::spawn(async move {
-        match agent_enabled {
-            true => virt_shadow::agent::run(config, shutdown, link).await,
-            false => {
-                let mut shutdown = shutdown;
-                shutdown.wait_for(|stop| *stop).await?;
-                Ok(())
-            }
-        }
-    });
+    // Kept until the end: the agent works as long as it has an owner.
+    let (_agent, link) = match config.agent.enabled {
+        true => virt_shadow::agent::start(&config, shutdown.clone()).map(|(agent, link)| (Some(agent), Some(link)))?,
+        false => (None, None),
+    };
+    let backend = Backend { host: config.host.clone(), manager, agent: link };
+    let api = tokio::spawn(server::serve(listener, backend, shutdown));
     notify("READY=1");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let ended_itself = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        ended = &mut agent => Some(ended),
-    };
+    tokio::select! {
+        _ = terminate.recv() => (),
+        _ = interrupt.recv() => (),
+    }
     notify("STOPPING=1");
     tracing::info!("shutting down");
     stop.send_replace(true);
-    let ended = match ended_itself {
-        Some(ended) => ended.context("agent").and_then(|result| result.context("agent")),
-        None => match tokio::time::timeout(std::time::Duration::from_secs(10), agent).await {
-            Ok(ended) => ended.context("agent").and_then(|result| result.context("agent")),
-            Err(_) => Err(anyhow::anyhow!("agent did not end within 10 s")),
-        },
-    };
-    api.abort();
-    // Gone, or never ours to begin with: nothing to do about it.
-    let _ = std::fs::remove_file(&socket);
-    ended
+    // No new calls; those under way end with their connections.
+    api.await.context("API socket")?;
+    std::fs::remove_file(&config.socket).with_context(|| format!("cannot remove {}", config.socket.display()))
 }
 
 /// Tells the service manager, if there is one, how we are (see sd_notify(3)).

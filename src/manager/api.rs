@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use placement::HostName;
-use placement::guardian::{Guest, Reply, Request};
+use placement::guardian::{Guest, Phase, Reply, Request};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -78,7 +78,15 @@ impl Manager {
     }
 
     async fn enable(&self, request: EnableRequest) -> Result<Value, ApiError> {
-        let (host, found) = self.locate(&request.domain, request.host.as_deref()).await?;
+        // Shadows are domains of the same name and UUID, so a guest that is known is looked for where it runs.
+        let known = self.with_guest(&request.domain, |_, guest| guest.plan.clone()).await;
+        let (host, found) = match known {
+            Ok(plan) if plan.phase == Phase::Steady => {
+                let found = self.describe(&plan.primary, plan.id.as_str()).await?;
+                (plan.primary, found)
+            }
+            _ => self.locate(&request.domain, request.host.as_deref()).await?,
+        };
         let Found { uuid, domain, memory_bytes, running, refusals } = found;
         if !running {
             return Err(ApiError::new(

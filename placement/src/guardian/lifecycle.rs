@@ -54,7 +54,7 @@ pub(super) fn stopped(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName, 
     let elsewhere = guest.live.elsewhere.take();
     guest.live = Live::new(cx.now);
     if let Some((to, _)) = elsewhere {
-        starts_on(guest, cx, &to);
+        started(guest, cx, &to);
     }
 }
 
@@ -67,7 +67,12 @@ fn give_up_seats(guest: &mut Guest) {
 pub(super) fn started(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName) {
     let at_home = *host == guest.plan.primary;
     match &guest.plan.phase {
-        Phase::Stopped { .. } | Phase::Lost { .. } => starts_on(guest, cx, host),
+        Phase::Stopped { .. } | Phase::Lost { .. } if at_home => starts_on(guest, cx, host),
+        // A shadow's domain is started as well, paused: what keeps one is not believed without a look.
+        _ if guest.plan.seats.contains(host) => (),
+        Phase::Stopped { .. } | Phase::Lost { .. } => {
+            cx.order(guest, host, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
+        }
         Phase::Steady if at_home => {
             guest.live.doubt = None;
             guest.live.protect = Seat::Needed;
@@ -141,6 +146,10 @@ fn primary_returns(guest: &mut Guest, cx: &mut Context<'_>, runs: bool) {
             let host = guest.plan.primary.clone();
             starts_on(guest, cx, &host);
         }
+        // Another host may run it already: it must not be started here again before that is known.
+        Phase::FailingOver(failover) if !runs && matches!(failover.step, FailoverStep::Promote { .. }) => {
+            guest.plan.former.insert(guest.plan.primary.clone(), Leave::Retire);
+        }
         Phase::Steady => guest.live.doubt = (!runs).then_some((cx.now, false)),
         _ => (),
     }
@@ -157,10 +166,11 @@ fn other_returns(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName, recor
     // A term is given to one host, so whoever runs the newest one was promoted, even if we never heard of it.
     let adrift = matches!(guest.plan.phase, Phase::FailingOver(_) | Phase::Lost { .. });
     match record.role {
-        Role::Primary if is_target => (),
-        Role::Primary if adrift && record.active && record.term == guest.plan.term => {
+        Role::Primary if record.term == guest.plan.term && (is_target || adrift && record.active) => {
             failover::finish(guest, cx, host, Epoch(0), None);
+            guest.live.doubt = (!record.active).then_some((cx.now, false));
         }
+        Role::Primary if is_target => (),
         Role::Primary => {
             guest.plan.seats.remove(host);
             guest.plan.former.insert(host.clone(), Leave::Retire);
@@ -230,6 +240,13 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
 
 /// Outcome of asking a host whether it runs a guest of which it says nothing.
 pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    if matches!(guest.plan.phase, Phase::Stopped { .. } | Phase::Lost { .. }) {
+        let keeps_one = matches!(guest.plan.former.get(&done.host), Some(Leave::Drop));
+        if done.outcome == Outcome::Done(Answer::Described { running: true }) && !keeps_one {
+            starts_on(guest, cx, &done.host);
+        }
+        return;
+    }
     let Some((since, true)) = guest.live.doubt else { return };
     if guest.plan.phase != Phase::Steady || done.host != guest.plan.primary {
         return;
