@@ -10,6 +10,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use vmsync::page_set::{OutsideLayout, PageSet};
 use vmsync::units::PAGE_SIZE_U64;
@@ -48,8 +49,10 @@ pub struct UserfaultTracker {
     prepared: u64,
 }
 
-/// RAM protected for the first time in one pause.
-const PREPARE_BYTES: u64 = 256 << 20;
+/// Time spent in one pause on protecting RAM for the first time, looked at after each chunk of so many bytes. A chunk
+/// of small pages takes some 50 us, of shared memory that this QEMU has not touched yet ten times as long.
+const PREPARE_FOR: Duration = Duration::from_micros(1000);
+const PREPARE_CHUNK_BYTES: u64 = 4 << 20;
 
 impl UserfaultTracker {
     pub fn new(uffd: OwnedFd, memory: &GuestMemory, mode: ProtectMode) -> Result<Self, TrackerError> {
@@ -68,20 +71,23 @@ impl Tracker for UserfaultTracker {
     }
 
     fn prepare_part(&mut self, memory: &GuestMemory) -> Result<bool, TrackerError> {
-        let mut budget = PREPARE_BYTES;
+        let began = Instant::now();
         let mut passed = 0;
         for (_, address, len) in memory.ranges() {
-            let done = self.prepared.saturating_sub(passed).min(len);
-            let part = (len - done).min(budget);
-            if part > 0 {
+            let mut done = self.prepared.saturating_sub(passed).min(len);
+            while done < len {
+                if began.elapsed() >= PREPARE_FOR {
+                    return Ok(false);
+                }
+                let part = (len - done).min(PREPARE_CHUNK_BYTES);
                 let kernel = |source| TrackerError::Kernel { pid: memory.pid(), what: "first protection", source };
                 self.tracker.collect(address + done, part, |_, _| {}).map_err(kernel)?;
                 self.prepared += part;
-                budget -= part;
+                done += part;
             }
             passed += len;
         }
-        Ok(self.prepared >= passed)
+        Ok(true)
     }
 
     fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError> {

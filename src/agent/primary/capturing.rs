@@ -33,6 +33,8 @@ use crate::standby::ShadowDescription;
 const ZSTD_LEVEL: i32 = 1;
 /// A paused guest changes nothing; it is still looked at this often.
 const INTERVAL_WHILE_PAUSED: Duration = Duration::from_millis(1000);
+/// The tracker gets ready in many short pauses, this far apart.
+const PREPARE_EVERY: Duration = Duration::from_millis(10);
 /// Devices that come or go are looked at this long after the last event about them: libvirt first finishes.
 const DEVICES_SETTLE: Duration = Duration::from_millis(150);
 /// An answer of the cut thread that takes this long will not come: libvirt itself gives up after 30 s.
@@ -281,7 +283,7 @@ impl Capturing {
             CutAnswer::Prepared(Ok(ready)) => {
                 self.ready = ready;
                 if !ready {
-                    self.next_cut_at = Instant::now() + self.interval.min(Duration::from_millis(20));
+                    self.next_cut_at = Instant::now() + self.interval.min(PREPARE_EVERY);
                 }
                 Ok(())
             }
