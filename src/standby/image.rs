@@ -14,8 +14,10 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
+use vmsync::frame::{PageContent, PagesFrame};
+use vmsync::hashes::{HashSeed, hash_page};
 use vmsync::layout::RamLayout;
-use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr};
+use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr, PageIndex};
 
 use super::mapping::Mapping;
 use super::memory_file::{self, MemoryFile};
@@ -126,6 +128,50 @@ impl Image {
         block.read_page(addr.page.byte_offset(), page)
     }
 
+    /// Writes the pages of a frame, in its order.
+    pub fn apply(&mut self, frame: &PagesFrame) -> Result<()> {
+        frame.iter().try_for_each(|(addr, content)| match content {
+            PageContent::Zero => self.zero_page(addr),
+            PageContent::Data(page) => self.write_page(addr, page),
+        })
+    }
+
+    /// Makes all memory zero. A new QEMU's is not: it has put its firmware into some blocks.
+    pub fn clear(&mut self) -> Result<()> {
+        let mut page = ZERO_PAGE;
+        for linear in 0..self.layout.total_pages() {
+            let Some(addr) = self.layout.addr(linear) else { break };
+            if self.is_hole(addr) {
+                continue;
+            }
+            self.read_page(addr, &mut page)?;
+            if page != ZERO_PAGE {
+                self.zero_page(addr)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes of at most `max` neighbouring pages of one block, from `start` on; fewer at the block's end.
+    pub fn hashes(&self, seed: HashSeed, start: PageAddr, max: usize) -> Result<Vec<u64>> {
+        let pages = self.layout.block_pages(start.block);
+        let first = u64::from(start.page.get());
+        if first >= pages {
+            return Err(ImageError::Outside { addr: start });
+        }
+        let zero_hash = hash_page(seed, &ZERO_PAGE);
+        let mut page = ZERO_PAGE;
+        let mut hashes = Vec::with_capacity(max.min(usize::try_from(pages - first).unwrap_or(max)));
+        for index in (first..pages).take(max) {
+            // Pages of a layout are numbered with 32 bits.
+            let Ok(index) = PageIndex::try_from(index) else { break };
+            let addr = PageAddr { page: index, ..start };
+            self.read_page(addr, &mut page)?;
+            hashes.push(if page == ZERO_PAGE { zero_hash } else { hash_page(seed, &page) });
+        }
+        Ok(hashes)
+    }
+
     /// Calls `visit` with every page in the layout's order. Holes are read as zero and stay holes.
     pub fn for_each_page(&self, mut visit: impl FnMut(PageAddr, &Page)) -> Result<()> {
         let mut page = ZERO_PAGE;
@@ -136,6 +182,13 @@ impl Image {
             visit(addr, &page);
         }
         Ok(())
+    }
+
+    fn is_hole(&self, addr: PageAddr) -> bool {
+        match self.blocks.get(addr.block.as_usize()).map(|block| &block.backing) {
+            Some(Backing::Shared(shared)) => !shared.is_present(addr.page.byte_offset()),
+            _ => false,
+        }
     }
 
     fn locate(&mut self, addr: PageAddr) -> Result<(&mut Block, u64)> {
@@ -363,6 +416,31 @@ mod tests {
         // Known to be there, so that zeroing it is not taken for done already.
         image.zero_page(PageAddr::new(0, 130)).unwrap();
         assert_eq!(fake.allocated_pages(), 0);
+    }
+
+    #[test]
+    fn frames_are_applied_and_hashed_and_a_cleared_image_is_all_zero() {
+        use vmsync::frame::{FrameDecoder, FrameEncoder};
+        let fake = Fake::new("image-frames");
+        let mut image = fake.open(false);
+        let (ram, bios) = (PageAddr::new(0, 5), PageAddr::new(1, 1));
+        let mut encoder = FrameEncoder::new(1);
+        assert!(encoder.push(ram, &[8; PAGE_SIZE]) && encoder.push(bios, &ZERO_PAGE));
+        let mut bytes = Vec::new();
+        encoder.finish(&mut bytes);
+        image.apply(&FrameDecoder::new().decode(&bytes, image.layout()).unwrap()).unwrap();
+
+        let seed = HashSeed::new(3);
+        let hashes = image.hashes(seed, PageAddr::new(0, 4), 3).unwrap();
+        let zero = hash_page(seed, &ZERO_PAGE);
+        assert_eq!(hashes, [zero, hash_page(seed, &[8; PAGE_SIZE]), zero]);
+        assert_eq!(image.hashes(seed, PageAddr::new(1, 1), 100).unwrap().len(), 3);
+        assert!(image.hashes(seed, PageAddr::new(1, 4), 1).is_err());
+
+        image.clear().unwrap();
+        let mut all_zero = true;
+        image.for_each_page(|_, page| all_zero &= page == &ZERO_PAGE).unwrap();
+        assert!(all_zero && fake.allocated_pages() == 0);
     }
 
     #[test]

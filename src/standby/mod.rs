@@ -1,7 +1,7 @@
 //! The shadow's side: waiting domain, memory image, journal, promotion.
 //!
 //! ```text
-//!             prepare                       promote(device state)
+//!          keep or create                   promote(device state)
 //! (nothing) ──────────> waiting, armed ───────────────────────────> running guest, persistent, announced
 //!     ^  ^               |   ^   | image: pages and zero pages             |
 //!     |  `── remove ─────'   `───' journal: staged epochs                  | (its host keeps nothing of ours)
@@ -25,5 +25,5 @@ pub use error::{Result, StandbyError};
 pub use image::{Image, ImageError};
 pub use journal::{JournalError, JournalFile};
 pub use promote::{Promotion, Timings};
-pub use record::recorded;
+pub use record::{directory, journal_path, recorded, replace_file};
 pub use shadow::{Adopted, Shadow, ShadowDescription};

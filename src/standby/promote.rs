@@ -152,7 +152,7 @@ fn finish(
     timings.define_us = micros(began.elapsed());
 
     feed::forget_kept_end(domain);
-    if let Err(error) = record::remove(run_dir, &record.uuid) {
+    if let Err(error) = record::forget(run_dir, &record.uuid) {
         warnings.push(format!("the record of the former shadow stays in {}: {error}", run_dir.display()));
     }
     Promotion { uuid: record.uuid.clone(), name: record.name.clone(), timings, warnings }

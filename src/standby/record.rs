@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::journal::is_on_tmpfs;
 use crate::hypervisor::process::QemuProcess;
 
 /// Changes with every incompatible change of [`Record`]; a record of another version is as good as none.
@@ -78,23 +79,40 @@ impl Record {
 
     /// Writes the record so that a crash leaves either the old or the new one.
     pub(super) fn write(&self, run_dir: &Path) -> io::Result<()> {
-        let directory = directory(run_dir, &self.uuid);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-        let new = directory.join("state.json.new");
-        // Definitions hold passwords of graphics.
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        fs::rename(&new, path(run_dir, &self.uuid))
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory(run_dir, &self.uuid))?;
+        replace_file(&path(run_dir, &self.uuid), &serde_json::to_vec(self)?)
     }
 }
 
-/// The folder of one shadow: its record and its journal.
-pub(super) fn directory(run_dir: &Path, uuid: &str) -> PathBuf {
+/// Replaces a file by one with these bytes, so that a crash leaves either the old or the new one. On a file system
+/// that survives a power cut the new one does, too, when this returns. Only root may read it.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(bytes)?;
+    let durable = !is_on_tmpfs(path);
+    if durable {
+        file.sync_all()?;
+    }
+    fs::rename(&new, path)?;
+    match path.parent() {
+        Some(folder) if durable => fs::File::open(folder)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+/// The folder of one shadow: its record, its journal, and what else the agent keeps with it.
+pub fn directory(run_dir: &Path, uuid: &str) -> PathBuf {
     run_dir.join("shadows").join(uuid)
 }
 
 pub(super) fn path(run_dir: &Path, uuid: &str) -> PathBuf {
     directory(run_dir, uuid).join("state.json")
+}
+
+/// Where the journal of a shadow belongs.
+pub fn journal_path(run_dir: &Path, uuid: &str) -> PathBuf {
+    directory(run_dir, uuid).join("journal")
 }
 
 /// UUIDs of all shadows that have a folder, in alphabetical order.
@@ -111,6 +129,19 @@ pub fn recorded(run_dir: &Path) -> io::Result<Vec<String>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// Forgets that a shadow waits here, and removes its journal; other files in its folder stay.
+pub(super) fn forget(run_dir: &Path, uuid: &str) -> io::Result<()> {
+    for file in [journal_path(run_dir, uuid), path(run_dir, uuid)] {
+        match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    // Not empty if the agent keeps something of its own there.
+    let _ = fs::remove_dir(directory(run_dir, uuid));
+    Ok(())
 }
 
 /// Removes all that is kept of a shadow.
@@ -155,6 +186,11 @@ mod tests {
         assert_eq!(Record::read(&run_dir, UUID).unwrap(), Some(record));
         fs::create_dir(run_dir.join("shadows/not-a-uuid")).unwrap();
         assert_eq!(recorded(&run_dir).unwrap(), [UUID]);
+        fs::write(journal_path(&run_dir, UUID), "epochs").unwrap();
+        fs::write(directory(&run_dir, UUID).join("target"), "promoted").unwrap();
+        forget(&run_dir, UUID).unwrap();
+        assert_eq!(Record::read(&run_dir, UUID).unwrap(), None);
+        assert_eq!(fs::read_dir(directory(&run_dir, UUID)).unwrap().count(), 1, "the agent's own file stays");
         remove(&run_dir, UUID).unwrap();
         remove(&run_dir, UUID).unwrap();
         assert!(recorded(&run_dir).unwrap().is_empty());

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmsync::layout::{RamBlock as LayoutBlock, RamLayout};
+use vmsync::target::PreparedImage;
 
 use super::error::{Result, StandbyError};
 use super::feed::{self, Feed, FeedError};
@@ -57,18 +58,55 @@ pub enum Adopted {
 }
 
 impl Shadow {
-    /// Makes sure that a shadow of this guest waits here. One that waits already for a guest of the same shape and
-    /// memory is kept with its image; any other is made anew, with empty memory.
+    /// Makes sure that a shadow of this guest waits here: [`Shadow::keep`] if possible, else [`Shadow::create`].
     pub fn prepare(
+        hypervisor: &Arc<Hypervisor>,
+        description: &ShadowDescription,
+        layout: &RamLayout,
+        run_dir: &Path,
+    ) -> Result<(Self, PreparedImage)> {
+        match Self::keep(hypervisor, description, layout, run_dir)? {
+            Some(shadow) => Ok((shadow, PreparedImage::Kept)),
+            None => Ok((Self::create(hypervisor, description, layout, run_dir)?, PreparedImage::Fresh)),
+        }
+    }
+
+    /// The shadow that waits here already, with its image, if it is of this guest in this shape and memory. Changes
+    /// nothing if it is not.
+    pub fn keep(
+        hypervisor: &Arc<Hypervisor>,
+        description: &ShadowDescription,
+        layout: &RamLayout,
+        run_dir: &Path,
+    ) -> Result<Option<Self>> {
+        check_description(description)?;
+        let Some(mut record) = read_record(run_dir, &description.uuid)? else { return Ok(None) };
+        if !fits(&record, description, layout)? {
+            return Ok(None);
+        }
+        record.live_xml.clone_from(&description.live_xml);
+        record.inactive_xml.clone_from(&description.inactive_xml);
+        match Self::reopen(hypervisor, record, run_dir) {
+            Ok(shadow) => {
+                shadow.write_record()?;
+                Ok(Some(shadow))
+            }
+            Err(StandbyError::Hypervisor(error)) if error.is_disconnect() => Err(error.into()),
+            Err(error) => {
+                tracing::info!(guest = description.name, %error, "the shadow that waits here cannot be kept");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes a new shadow, all of whose memory is zero. A waiting one of the same guest is given up first.
+    pub fn create(
         hypervisor: &Arc<Hypervisor>,
         description: &ShadowDescription,
         layout: &RamLayout,
         run_dir: &Path,
     ) -> Result<Self> {
         let definition = check_description(description)?;
-        if let Some(shadow) = keep_if_same(hypervisor, description, layout, run_dir)? {
-            return Ok(shadow);
-        }
         Self::remove(hypervisor, &description.uuid, run_dir)?;
         for file in &definition.files {
             if !Path::new(file).exists() {
@@ -89,6 +127,12 @@ impl Shadow {
         shadow
     }
 
+    /// Whether this shadow can go on for a guest that is described so, without being made anew.
+    pub fn fits(&self, description: &ShadowDescription, layout: &RamLayout) -> Result<bool> {
+        check_description(description)?;
+        fits(&self.record, description, layout)
+    }
+
     fn make(
         hypervisor: &Arc<Hypervisor>,
         domain: Domain,
@@ -100,7 +144,8 @@ impl Shadow {
         let process = domain.process()?;
         let mut record = Record::new(uuid, name, process, live_xml, inactive_xml.as_deref());
         record.layout = layout.blocks().iter().map(|block| (block.name.clone(), block.len_bytes)).collect();
-        let image = open_image(&domain, process, layout)?;
+        let mut image = open_image(&domain, process, layout)?;
+        image.clear().map_err(|source| StandbyError::Image { guest: name.clone(), source })?;
         let machine = feed::machine_type(&domain)?;
         let interfaces = interfaces(&domain)?;
         let feed = Feed::arm(&domain).map_err(|error| feed_error(name, error))?;
@@ -177,7 +222,7 @@ impl Shadow {
         &mut self.image
     }
 
-    /// Folder for what belongs to this shadow, such as its journal; removed with it.
+    /// Folder for what belongs to this shadow; [`Shadow::remove`] removes it with all that is in it.
     pub fn directory(&self) -> PathBuf {
         record::directory(&self.run_dir, &self.record.uuid)
     }
@@ -248,38 +293,20 @@ fn check_description(description: &ShadowDescription) -> Result<GuestDefinition>
     Ok(definition)
 }
 
-/// The shadow that waits already, if it is of a guest of the same shape and memory.
-fn keep_if_same(
-    hypervisor: &Arc<Hypervisor>,
-    description: &ShadowDescription,
-    layout: &RamLayout,
-    run_dir: &Path,
-) -> Result<Option<Shadow>> {
-    let Some(mut record) = read_record(run_dir, &description.uuid)? else { return Ok(None) };
+fn fits(record: &Record, description: &ShadowDescription, layout: &RamLayout) -> Result<bool> {
     let shape = |xml: &str| {
         xml::shape(xml).map_err(|source| StandbyError::Definition { guest: description.name.clone(), source })
     };
-    let wanted: Vec<_> = layout.blocks().iter().map(|block| (block.name.clone(), block.len_bytes)).collect();
-    let same = record.phase == Phase::Waiting
-        && record.name == description.name
-        && record.layout == wanted
-        && shape(&record.live_xml)? == shape(&description.live_xml)?;
-    if !same {
-        return Ok(None);
-    }
-    record.live_xml.clone_from(&description.live_xml);
-    record.inactive_xml.clone_from(&description.inactive_xml);
-    match Shadow::reopen(hypervisor, record, run_dir) {
-        Ok(shadow) => {
-            shadow.write_record()?;
-            Ok(Some(shadow))
-        }
-        Err(StandbyError::Hypervisor(error)) if error.is_disconnect() => Err(error.into()),
-        Err(error) => {
-            tracing::info!(guest = description.name, %error, "making the shadow anew");
-            Ok(None)
-        }
-    }
+    let same_memory = record.layout.len() == layout.blocks().len()
+        && record
+            .layout
+            .iter()
+            .zip(layout.blocks())
+            .all(|((name, len), block)| *name == block.name && *len == block.len_bytes);
+    Ok(record.phase == Phase::Waiting
+        && (&record.uuid, &record.name) == (&description.uuid, &description.name)
+        && same_memory
+        && shape(&record.live_xml)? == shape(&description.live_xml)?)
 }
 
 pub(super) fn is_shadow(domain: &Domain) -> Result<bool> {
