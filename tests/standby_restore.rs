@@ -19,7 +19,6 @@ use virt_shadow::hypervisor::xml::shape;
 use virt_shadow::hypervisor::{Domain, DomainState, Hypervisor, HypervisorError, XmlKind};
 use virt_shadow::lab::{GuestClient, GuestOptions, Lab, LabOptions};
 use virt_shadow::standby::{Adopted, Shadow, ShadowDescription, StandbyError, Timings};
-use vmsync::target::PreparedImage;
 use vmsync::{PAGE_SIZE, RamBlock, RamLayout};
 
 const STEP: &str = "VIRT_SHADOW_TEST_STEP";
@@ -209,18 +208,18 @@ fn for_each_saved_page(folder: &Path, mut visit: impl FnMut(u64, &[u8; PAGE_SIZE
     }
 }
 
-fn prepare(hypervisor: &Arc<Hypervisor>, folder: &Path) -> (Shadow, PreparedImage) {
+fn prepare(hypervisor: &Arc<Hypervisor>, folder: &Path) -> Shadow {
     let (description, layout) = saved(folder);
     Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR)).unwrap()
 }
 
 /// Makes the shadow, writes the image and leaves it.
 fn fill(hypervisor: &Arc<Hypervisor>, folder: &Path) {
-    let (mut shadow, prepared) = prepare(hypervisor, folder);
-    assert_eq!(prepared, PreparedImage::Fresh);
+    let (description, layout) = saved(folder);
+    assert!(Shadow::keep(hypervisor, &description, &layout, Path::new(RUN_DIR)).unwrap().is_none());
+    let mut shadow = prepare(hypervisor, folder);
     let domain = hypervisor.lookup(GUEST).unwrap();
     assert_eq!(domain.state().unwrap().0, DomainState::Paused);
-    let (description, layout) = saved(folder);
     assert_eq!(shape(&domain.xml(XmlKind::Migratable).unwrap()), shape(&description.live_xml));
     assert!(shadow.fits(&description, &layout).unwrap());
     assert_eq!(shadow.process().pid, domain.pid().unwrap());
@@ -230,9 +229,10 @@ fn fill(hypervisor: &Arc<Hypervisor>, folder: &Path) {
     });
     fs::write(shadow.directory().join("journal"), "staged").unwrap();
     // Asking again finds the same shadow and leaves its memory alone.
+    let process = shadow.process();
     drop(shadow);
-    let (shadow, prepared) = prepare(hypervisor, folder);
-    assert_eq!(prepared, PreparedImage::Kept);
+    let shadow = prepare(hypervisor, folder);
+    assert_eq!(shadow.process(), process);
     let mut expected = vec![[0; PAGE_SIZE]; layout.total_pages() as usize];
     for_each_saved_page(folder, |linear, page| expected[linear as usize] = *page);
     let mut different = 0;
@@ -317,7 +317,7 @@ fn refuse_other_memory(hypervisor: &Arc<Hypervisor>, folder: &Path) {
 }
 
 fn report_a_failed_load(hypervisor: &Arc<Hypervisor>, folder: &Path) {
-    let (shadow, _) = prepare(hypervisor, folder);
+    let shadow = prepare(hypervisor, folder);
     let uuid = shadow.uuid().to_owned();
     let state = fs::read(folder.join("state")).unwrap();
     let refused = shadow.promote(hypervisor, b"no state", true).unwrap_err();

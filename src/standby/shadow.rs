@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmsync::layout::{RamBlock as LayoutBlock, RamLayout};
-use vmsync::target::PreparedImage;
 
 use super::error::{Result, StandbyError};
 use super::feed::{self, Feed, FeedError};
@@ -59,15 +58,16 @@ pub enum Adopted {
 
 impl Shadow {
     /// Makes sure that a shadow of this guest waits here: [`Shadow::keep`] if possible, else [`Shadow::create`].
+    /// [`Shadow::process`] tells whether it is the one that waited before.
     pub fn prepare(
         hypervisor: &Arc<Hypervisor>,
         description: &ShadowDescription,
         layout: &RamLayout,
         run_dir: &Path,
-    ) -> Result<(Self, PreparedImage)> {
+    ) -> Result<Self> {
         match Self::keep(hypervisor, description, layout, run_dir)? {
-            Some(shadow) => Ok((shadow, PreparedImage::Kept)),
-            None => Ok((Self::create(hypervisor, description, layout, run_dir)?, PreparedImage::Fresh)),
+            Some(shadow) => Ok(shadow),
+            None => Self::create(hypervisor, description, layout, run_dir),
         }
     }
 
