@@ -15,6 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::error::{LabError, Result};
@@ -48,15 +51,43 @@ pub fn list(lab: &str) -> Vec<String> {
 }
 
 /// Makes the namespace with its loopback up and without IPv6, whose chatter would only blur measurements.
+///
+/// As `ip netns add` does it, so that `ip netns` knows it, but inside this process: a child would go on for a moment
+/// after this process was killed, and mount its namespace over one of the next lab of this name.
 pub fn add(lab: &str, node: &str) -> Result<()> {
-    run(Command::new("ip").args(["netns", "add", &netns_name(lab, node)]))?;
-    enter(&netns_path(lab, node), || {
+    share_netns_dir()?;
+    let path = netns_path(lab, node);
+    File::create_new(&path).map_err(LabError::io("create", &path))?;
+    on_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(LabError::system("make a network namespace"))?;
         // Absent in a kernel without IPv6.
         for scope in ["all", "default"] {
             let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1");
         }
+        mount_at(Some("/proc/thread-self/ns/net"), &path, MsFlags::MS_BIND)
+            .map_err(LabError::system(format!("mount {}", path.display())))
     })?;
     batch(lab, node, "link set lo up")
+}
+
+/// Makes what is mounted and unmounted in /run/netns so for every mount namespace of the machine.
+fn share_netns_dir() -> Result<()> {
+    let dir = Path::new(NETNS_DIR);
+    std::fs::create_dir_all(dir).map_err(LabError::io("create", dir))?;
+    let file = File::open(dir).map_err(LabError::io("open", dir))?;
+    let _lock =
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| LabError::io("lock", dir)(errno.into()))?;
+    let share = || mount_at(None, dir, MsFlags::MS_SHARED | MsFlags::MS_REC);
+    match share() {
+        // Not a mount point yet.
+        Err(Errno::EINVAL) => mount_at(Some(NETNS_DIR), dir, MsFlags::MS_BIND | MsFlags::MS_REC).and_then(|()| share()),
+        result => result,
+    }
+    .map_err(LabError::system(format!("share mounts in {NETNS_DIR}")))
+}
+
+fn mount_at(source: Option<&str>, target: &Path, flags: MsFlags) -> nix::Result<()> {
+    mount(source, target, None::<&str>, flags, None::<&str>)
 }
 
 /// Ends every process in the namespace and removes it.
@@ -67,10 +98,12 @@ pub fn remove(lab: &str, node: &str) -> Result<()> {
         left.iter().try_for_each(|p| p.kill())?;
         left.iter().try_for_each(|p| p.wait_end())?;
     }
-    if path.exists() {
-        run(Command::new("ip").args(["netns", "delete", &netns_name(lab, node)]))?;
+    // Fails once nothing is mounted there.
+    while umount2(&path, MntFlags::MNT_DETACH).is_ok() {}
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(LabError::io("remove", &path)(error)),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Runs `ip` commands, one a line, in the namespace of `node`.
@@ -166,14 +199,16 @@ pub fn wait_forwarding(lab: &str, interfaces: &[(&str, &str)]) -> Result<()> {
 /// Runs `work` on a thread of its own inside a network namespace; sockets made there stay there.
 pub fn enter<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
     let file = File::open(netns).map_err(LabError::io("open", netns))?;
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            setns(file, CloneFlags::CLONE_NEWNET)
-                .map_err(LabError::system(format!("enter network namespace {}", netns.display())))?;
-            Ok(work())
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    on_thread(move || {
+        setns(file, CloneFlags::CLONE_NEWNET)
+            .map_err(LabError::system(format!("enter network namespace {}", netns.display())))?;
+        Ok(work())
     })
+}
+
+/// Namespaces are a thread's own: what `work` does to its thread's ends with the thread.
+fn on_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
 }
 
 /// Starts `command` as the first process of new pid, mount, uts and ipc namespaces, in the network of `netns`. Its
