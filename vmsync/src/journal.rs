@@ -273,3 +273,132 @@ fn read_commit(payload: &[u8]) -> Result<(Commit, Chain), Truncated> {
     };
     Ok((commit, Chain { count: reader.u32()?, checksum: reader.u64()? }))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::frame::FrameEncoder;
+    use crate::layout::RamBlock;
+    use crate::units::PageAddr;
+
+    const GUEST: GuestUuid = GuestUuid::from_bytes([1; 16]);
+
+    fn layout() -> RamLayout {
+        RamLayout::new(vec![RamBlock { name: "pc.ram".into(), len_bytes: 40 * 4096 }]).unwrap()
+    }
+
+    fn commit(epoch: u64) -> Commit {
+        Commit { lineage: Lineage::new(5), term: Term::new(2), epoch: Epoch::new(epoch) }
+    }
+
+    fn frame(page: u32, fill: u8) -> Vec<u8> {
+        let mut encoder = FrameEncoder::new(1);
+        assert!(encoder.push(PageAddr::new(0, page), &[fill; 4096]));
+        let mut out = Vec::new();
+        encoder.finish(&mut out);
+        out
+    }
+
+    fn state(epoch: u64) -> Vec<u8> {
+        let mut out = Vec::new();
+        DeviceState { running: true, bytes: epoch.to_le_bytes().to_vec().into() }.encode(0, &mut out).unwrap();
+        out
+    }
+
+    /// A journal as a list of records: `epochs` sealed ones of two frames each, and an open one.
+    fn records(epochs: u64) -> Vec<Vec<u8>> {
+        let mut encoder = RecordEncoder::default();
+        let mut out = vec![encode_header(GUEST, &layout())];
+        for epoch in 1..=epochs + 1 {
+            out.push(encoder.pages(&frame(epoch as u32, 1)));
+            out.push(encoder.pages(&frame(epoch as u32 + 1, 0)));
+            out.push(encoder.device_state(&state(epoch)));
+            if epoch <= epochs {
+                out.push(encoder.commit(commit(epoch)));
+            }
+        }
+        out
+    }
+
+    fn epochs_in(bytes: &[u8]) -> Vec<u64> {
+        let scan = scan(bytes, GUEST, &layout()).unwrap();
+        for epoch in &scan.epochs {
+            assert_eq!(epoch.frames.len(), 2);
+            assert_eq!(&epoch.device_state.bytes[..], epoch.commit.epoch.get().to_le_bytes());
+        }
+        scan.epochs.iter().map(|e| e.commit.epoch.get()).collect()
+    }
+
+    #[test]
+    fn sealed_epochs_come_back_in_order_and_an_open_one_does_not() {
+        let records = records(3);
+        let bytes = records.concat();
+        assert_eq!(epochs_in(&bytes), [1, 2, 3]);
+        let scan = scan(&bytes, GUEST, &layout()).unwrap();
+        assert_eq!(scan.tail, Some("the last epoch is not sealed"));
+        let sealed = scan.sealed_len_bytes as usize;
+        assert_eq!(sealed, records[..records.len() - 3].concat().len());
+        assert_eq!(epochs_in(&bytes[..sealed]), [1, 2, 3]);
+        assert_eq!(super::scan(&bytes[..sealed], GUEST, &layout()).unwrap().tail, None);
+    }
+
+    #[test]
+    fn a_cut_at_any_byte_leaves_whole_epochs() {
+        let records = records(2);
+        let bytes = records.concat();
+        let ends: Vec<usize> = [4, 8].iter().map(|n| records[..=*n].concat().len()).collect();
+        for len in JOURNAL_HEADER_BYTES as usize..=bytes.len() {
+            let expected = ends.iter().filter(|end| **end <= len).count() as u64;
+            assert_eq!(epochs_in(&bytes[..len]), (1..=expected).collect::<Vec<_>>(), "{len} bytes");
+        }
+        assert_eq!(epochs_in(&[]), [0; 0]);
+        assert_eq!(scan(&bytes[..39], GUEST, &layout()), Err(JournalError::Header));
+    }
+
+    #[test]
+    fn records_that_are_missing_doubled_or_swapped_seal_nothing() {
+        let good = records(1);
+        for (what, order) in [
+            ("missing", vec![0, 1, 3, 4]),
+            ("doubled", vec![0, 1, 1, 2, 3, 4]),
+            ("swapped", vec![0, 2, 1, 3, 4]),
+            ("left over from another epoch", vec![0, 5, 1, 2, 3, 4]),
+        ] {
+            let bytes: Vec<u8> = order.into_iter().flat_map(|i: usize| good[i].clone()).collect();
+            assert_eq!(epochs_in(&bytes), [0; 0], "{what}");
+        }
+    }
+
+    #[test]
+    fn a_journal_of_another_guest_or_layout_is_told_apart() {
+        let bytes = records(1).concat();
+        let other = GuestUuid::from_bytes([2; 16]);
+        assert_eq!(scan(&bytes, other, &layout()), Err(JournalError::OtherGuest(GUEST)));
+        let smaller = RamLayout::new(vec![RamBlock { name: "pc.ram".into(), len_bytes: 4096 }]).unwrap();
+        assert_eq!(scan(&bytes, GUEST, &smaller), Err(JournalError::OtherLayout));
+        let mut newer = bytes.clone();
+        newer[4] = 2;
+        assert_eq!(scan(&newer, GUEST, &layout()), Err(JournalError::Version(2)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_damage_leaves_a_prefix(at in 0usize..2000, value: u8) {
+            let mut bytes = records(4).concat();
+            let at = at % bytes.len();
+            bytes[at] = value;
+            if let Ok(scan) = scan(&bytes, GUEST, &layout()) {
+                let found: Vec<u64> = scan.epochs.iter().map(|e| e.commit.epoch.get()).collect();
+                prop_assert_eq!(&found, &(1..=found.len() as u64).collect::<Vec<_>>());
+            }
+        }
+
+        #[test]
+        fn noise_behind_a_header_seals_nothing(noise in prop::collection::vec(any::<u8>(), 0..500)) {
+            let bytes = [encode_header(GUEST, &layout()), noise].concat();
+            prop_assert!(scan(&bytes, GUEST, &layout()).unwrap().epochs.is_empty());
+        }
+    }
+}

@@ -61,16 +61,27 @@
 //! }
 //! # }
 //! ```
-//! Rules for it: epochs grow; a set of dirty pages that was read and cleared is never dropped, but told as
-//! [`Collected`](source::SourceEvent::Collected) if its cut failed; a new RAM layout (a block came or went) needs a
-//! new source with a new lineage; events of one peer come in order, and one connection a peer is open at a time.
-//! Contents of a live read may be torn by the guest's writes: such a page is dirty at the next cut.
+//! Rules for it:
+//! - [`cut_plan`](source::Source::cut_plan) is asked exactly once for each cut that is due.
+//! - Epochs grow. A set of dirty pages that was read and cleared is never dropped: if its cut failed, it is told as
+//!   [`Collected`](source::SourceEvent::Collected).
+//! - Cuts, collections and reads are told in the order in which they happened to the guest, as far as this: a read
+//!   that was made after a cut is not told before it. (The reverse is harmless: a read made before a cut may be told
+//!   late.)
+//! - A live read may be torn by the guest's writes: such a page is dirty at the next cut.
+//! - Events of one peer come in order; one connection a peer is open at a time.
+//! - A new RAM layout (a block came or went) needs a new source with a new lineage, and so a new first copy.
+//! - After a promotion the new primary's epochs best go on from the promoted one, so that whoever compares epoch
+//!   numbers of two shadows (`after_epoch`) is not misled; contents never depend on it.
+//! - A switchover is: suspend the guest, then cut as often as needed (nothing is dirty any more) until
+//!   [`Committed`](source::SourceEffect::Committed) names an epoch cut after the suspension.
 //!
 //! # The shadow's driver
 //!
 //! Read the state record and the journal, and [`Target::resume`](target::Target::resume) (or
 //! [`Target::new`](target::Target::new)); then for each event `step` and execute the effects strictly in order. The
-//! order carries the guarantees: an `Ack`'s Send stands behind the write that makes its epoch durable.
+//! order carries the guarantees: an `Ack`'s Send stands behind the write that makes its epoch durable, and a write
+//! into the image behind the one that makes it harmless. Of the effects only Prepare and Hash are answered later.
 
 #![forbid(unsafe_code)]
 

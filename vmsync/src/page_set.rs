@@ -198,6 +198,14 @@ impl PageSet {
         }
     }
 
+    /// Adds pages that came out of a set of the same layout.
+    pub(crate) fn insert_known(&mut self, pages: &[PageAddr]) {
+        for addr in pages {
+            let inserted = self.insert(*addr);
+            debug_assert!(inserted.is_ok(), "{addr} came out of a set of this layout");
+        }
+    }
+
     fn insert_linear(&mut self, linear: u64) -> bool {
         let (word, bit) = split(linear);
         let new = self.words[word] & bit == 0;

@@ -1,10 +1,10 @@
 //! Sending pages that were read while the guest ran.
 
+use super::peer::Reading;
 use super::{ReadId, Source, SourceEffect};
 use crate::batch::PageBatch;
 use crate::frame::FrameEncoder;
 use crate::message::KIND_PAGES;
-use crate::page_set::PageSet;
 use crate::units::{Epoch, Page, PageAddr, PeerId, Term};
 use crate::wire::{Encoded, encode_with};
 
@@ -26,23 +26,23 @@ impl Source {
             peer.join_pages = (peer.join_pages * 2).min(limits.join_pages_max);
             peer.pass_left = peer.pending.len();
         }
-        let pages = peer.pending.take_next(limits.live_batch_pages);
+        let mut pages = peer.pending.take_next(limits.live_batch_pages);
+        // Sorted but where the set's cursor went around its end.
+        pages.sort_unstable();
         peer.pass_left = peer.pass_left.saturating_sub(pages.len() as u64);
-        let mut reading = PageSet::new(&self.config.layout);
-        for addr in &pages {
-            insert(&mut reading, *addr);
-        }
-        peer.reading = Some((read, reading));
+        peer.reading = Some(Reading { id: read, pages: pages.clone() });
         effects.push(SourceEffect::ReadLive { peer: id.clone(), read, pages });
     }
 
     pub(super) fn live_read(&mut self, id: &PeerId, read: ReadId, pages: &PageBatch, effects: &mut Vec<SourceEffect>) {
         let Some(peer) = self.peers.get_mut(id) else { return };
         // An answer to a read that was abandoned: its pages are pending again, or came with the joining cut.
-        let Some((_, mut asked)) = peer.reading.take_if(|(current, _)| *current == read) else { return };
+        let Some(asked) = peer.reading.take_if(|r| r.id == read) else { return };
+        let mut done = vec![false; asked.pages.len()];
         let mut frames = Frames::new(&mut self.encoder, self.config.term, self.last_epoch);
         for (addr, page) in pages.iter() {
-            if !asked.remove(addr) {
+            let Ok(index) = asked.pages.binary_search(&addr) else { continue };
+            if std::mem::replace(&mut done[index], true) {
                 continue;
             }
             // Dirtied since it was asked for: it is pending again and goes out with a later read.
@@ -53,7 +53,7 @@ impl Source {
                 continue;
             }
             frames.push(addr, page);
-            insert(&mut peer.open, addr);
+            peer.open.insert_known(&[addr]);
             if let Some(filter) = &mut peer.filter {
                 filter.sent(addr);
             }
@@ -64,15 +64,11 @@ impl Source {
             peer.send_chained(message, effects);
         }
         // What could not be read is asked for again.
-        peer.pending.union_with(&asked);
+        for (addr, _) in asked.pages.iter().zip(done).filter(|(_, done)| !done) {
+            peer.pending.insert_known(&[*addr]);
+        }
         self.pump(id, effects);
     }
-}
-
-/// Adds a page of which it is known that the layout has it.
-pub(super) fn insert(set: &mut PageSet, addr: PageAddr) {
-    let inserted = set.insert(addr);
-    debug_assert!(inserted.is_ok(), "{addr} was checked before");
 }
 
 /// Packs pages into `Pages` messages.

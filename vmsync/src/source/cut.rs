@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::catch_up::{EncodedFrames, Frames, insert};
+use super::catch_up::{EncodedFrames, Frames};
 use super::peer::{InFlight, Peer, Phase};
 use super::{Cut, CutPlan, Source, SourceAlarm, SourceEffect};
 use crate::device_state::{DeviceState, MAX_DEVICE_STATE_BYTES};
@@ -45,8 +45,8 @@ impl Source {
         for peer in joining {
             if extras.is_empty() || extras.len() + peer.lacking() <= limits.join_pages_max {
                 extras.union_with(&peer.pending);
-                if let Some((_, reading)) = &peer.reading {
-                    extras.union_with(reading);
+                if let Some(reading) = &peer.reading {
+                    extras.insert_known(&reading.pages);
                 }
             }
         }
@@ -135,7 +135,7 @@ impl Source {
             let former = self.cut_hashes.set(addr, hash);
             let dirty = cut.dirty.contains(addr);
             if dirty && former != Some(hash) {
-                insert(&mut changed, addr);
+                changed.insert_known(&[addr]);
             }
             if let Some(verify) = &mut self.verify {
                 verify.set_at_cut(addr, hash);
@@ -151,7 +151,7 @@ impl Source {
             Phase::Streaming => peer.has_room(limits),
             Phase::CatchUp => {
                 debug_assert!(cut.dirty.is_subset(covered));
-                let reading_covered = peer.reading.as_ref().is_none_or(|(_, pages)| pages.is_subset(covered));
+                let reading_covered = peer.reading.iter().flat_map(|r| &r.pages).all(|p| covered.contains(*p));
                 peer.has_room(limits) && peer.pending.is_subset(covered) && reading_covered
             }
             Phase::Disconnected | Phase::Handshaking { .. } | Phase::Hashing(_) => false,

@@ -23,7 +23,7 @@ pub(super) struct Peer {
     /// unless the peer comes back with that epoch. Kept while disconnected, to find out.
     pub(super) in_flight: VecDeque<InFlight>,
     /// The live read that is under way; its pages are neither in `pending` nor sent.
-    pub(super) reading: Option<(ReadId, PageSet)>,
+    pub(super) reading: Option<Reading>,
     /// What the peer's image held when the session began, while that is worth comparing with.
     pub(super) filter: Option<Filter>,
     pub(super) chain: Chain,
@@ -40,6 +40,14 @@ pub(super) struct Peer {
     /// When the peer was last heard, or took bytes from us.
     pub(super) alive_at: Millis,
     pub(super) pinged: bool,
+}
+
+/// A live read under way.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub(super) id: ReadId,
+    /// Sorted.
+    pub(super) pages: Vec<PageAddr>,
 }
 
 #[derive(Debug)]
@@ -127,7 +135,7 @@ impl Peer {
 
     /// Pages that must reach the peer before it equals the last cut.
     pub(super) fn lacking(&self) -> u64 {
-        self.pending.len() + self.reading.as_ref().map_or(0, |(_, pages)| pages.len())
+        self.pending.len() + self.reading.as_ref().map_or(0, |r| r.pages.len() as u64)
     }
 
     /// Room for another epoch.
@@ -160,8 +168,8 @@ impl Peer {
 
     /// A live read's pages go back to `pending`.
     pub(super) fn abandon_read(&mut self) {
-        if let Some((_, pages)) = self.reading.take() {
-            self.pending.union_with(&pages);
+        if let Some(reading) = self.reading.take() {
+            self.pending.insert_known(&reading.pages);
         }
     }
 

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 
+use super::peer::Reading;
 use super::{Cut, ReadId, Source, SourceEffect};
 use crate::batch::PageBatch;
 use crate::hashes::{HashTable, hash_bytes, hash_page};
@@ -57,7 +58,7 @@ pub(super) struct Verify {
     table: HashTable,
     /// Pages to be read and hashed; those of `reading` are not in it.
     to_read: PageSet,
-    reading: Option<(ReadId, PageSet)>,
+    reading: Option<Reading>,
     compare: Option<Compare>,
 }
 
@@ -114,17 +115,17 @@ impl Source {
 
     pub(super) fn verify_read(&mut self, read: ReadId, pages: &PageBatch, effects: &mut Vec<SourceEffect>) {
         let Some(verify) = &mut self.verify else { return };
-        let Some((_, mut asked)) = verify.reading.take_if(|(current, _)| *current == read) else { return };
+        let Some(asked) = verify.reading.take_if(|r| r.id == read) else { return };
         for (addr, page) in pages.iter() {
             // A cut in the meantime knows better, or knows that this is no longer true.
             let outdated = verify.to_read.contains(addr) || verify.table.get(addr).is_some();
-            if asked.remove(addr) && !outdated {
+            if !outdated && asked.pages.binary_search(&addr).is_ok() {
                 verify.table.set(addr, hash_page(self.seed, page));
             }
         }
         // What could not be read is asked for again, unless a cut brought it.
-        for addr in asked.iter().filter(|addr| verify.table.get(*addr).is_none()) {
-            super::catch_up::insert(&mut verify.to_read, addr);
+        for addr in asked.pages.iter().filter(|addr| verify.table.get(**addr).is_none()) {
+            verify.to_read.insert_known(&[*addr]);
         }
         self.verify_pump(effects);
     }
@@ -136,10 +137,9 @@ impl Source {
         if verify.compare.is_some() || verify.reading.is_some() || verify.to_read.is_empty() {
             return;
         }
-        let pages = verify.to_read.take_next(self.config.limits.verify_batch_pages);
-        let mut reading = PageSet::new(&self.config.layout);
-        pages.iter().for_each(|addr| super::catch_up::insert(&mut reading, *addr));
-        verify.reading = Some((read, reading));
+        let mut pages = verify.to_read.take_next(self.config.limits.verify_batch_pages);
+        pages.sort_unstable();
+        verify.reading = Some(Reading { id: read, pages: pages.clone() });
         effects.push(SourceEffect::ReadVerify { read, pages });
     }
 

@@ -77,6 +77,8 @@ impl Target {
         if self.session.as_ref().is_some_and(|s| s.hashing.is_none()) {
             self.apply_sealed(effects);
         }
+        // Epochs of an idle guest pile up, too, while they wait for a hashing run to end.
+        self.bound_staging(effects);
         Ok(())
     }
 

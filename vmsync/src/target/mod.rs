@@ -72,6 +72,8 @@ pub enum TargetEvent {
     Hashed { id: HashId, start: PageAddr, hashes: Vec<u64> },
     /// The answer to [`TargetEffect::Hash`] is complete.
     HashingDone { id: HashId },
+    /// The guest's primaryship has this term now, says the manager: a source of a lower one is cut off at once.
+    TermKnown { term: Term },
     /// Become primary with `term` (higher than any known), from the newest commit, unless it is older than
     /// `after_epoch`. Answered by [`TargetEffect::Promote`] or [`TargetEffect::PromoteRefused`].
     Promote { term: Term, after_epoch: Epoch },
@@ -114,7 +116,8 @@ pub enum TargetEffect {
     Apply(PagesFrame),
     /// Hash all pages of the image with [`hash_page`](crate::hashes::hash_page) and answer, block by block and in
     /// order, with [`TargetEvent::Hashed`] (not faster than the connection takes them), at last
-    /// [`TargetEvent::HashingDone`]. No Apply comes meanwhile, unless after a StopHash.
+    /// [`TargetEvent::HashingDone`]. Beside the loop: other events and effects go on meanwhile. No Apply comes
+    /// before the end, unless after a StopHash.
     Hash {
         id: HashId,
         seed: HashSeed,
@@ -261,6 +264,7 @@ impl Target {
             TargetEvent::ImageLost => self.image_lost(effects),
             TargetEvent::Hashed { id, start, hashes } => self.hashed(id, start, &hashes, effects),
             TargetEvent::HashingDone { id } => self.hashing_done(id, effects),
+            TargetEvent::TermKnown { term } => self.term_known(term, effects),
             TargetEvent::Promote { term, after_epoch } => self.promote(term, after_epoch, effects),
         }
     }

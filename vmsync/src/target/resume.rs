@@ -1,7 +1,7 @@
 //! A restarted agent takes up its shadow where the last one left it.
 
 use super::{Image, Promotion, Target, TargetConfig, TargetEffect};
-use crate::journal::{JOURNAL_HEADER_BYTES, JournalError, encode_header, scan};
+use crate::journal::{JOURNAL_HEADER_BYTES, encode_header, scan};
 use crate::state_record::{StateError, StateRecord};
 
 /// A target made from what a former agent left.
@@ -67,7 +67,6 @@ impl Resumed {
                 if journal.len() as u64 > JOURNAL_HEADER_BYTES && image.committed.take().is_some() {
                     self.notes.push("gave up the commit: the journal may have held a part of it".into());
                 }
-                let _: JournalError = error;
             }
         }
         let header = encode_header(target.config.guest, &image.layout);

@@ -45,7 +45,10 @@ pub(super) struct Hashing {
 
 impl Session {
     pub(super) fn sealed_bytes(&self) -> u64 {
-        self.sealed.iter().flat_map(|e| &e.frames).map(PagesFrame::memory_bytes).sum()
+        let epoch = |e: &SealedEpoch| {
+            e.frames.iter().map(PagesFrame::memory_bytes).sum::<u64>() + e.device_state.bytes.len() as u64
+        };
+        self.sealed.iter().map(epoch).sum()
     }
 }
 
@@ -110,7 +113,7 @@ impl Target {
             let text = format!("host {host} runs this guest as its primary with term {}", self.term);
             Some((RefuseCode::Promoted, text))
         } else if term < self.term {
-            let text = format!("host {host} knows term {}; term {term} is no longer primary", self.term);
+            let text = format!("host {host} knows term {}, the source has term {term}", self.term);
             Some((RefuseCode::StaleTerm, text))
         } else {
             None
@@ -144,6 +147,19 @@ impl Target {
             hashing: None,
         });
         self.prepare(effects);
+    }
+
+    pub(super) fn term_known(&mut self, term: Term, effects: &mut Vec<TargetEffect>) {
+        if term <= self.term {
+            return;
+        }
+        self.term = term;
+        self.save_state(effects);
+        if let Some(conn) = self.session.as_ref().map(|s| s.conn) {
+            let text = format!("host {} knows term {term}", self.config.host);
+            self.refuse(conn, RefuseCode::StaleTerm, text.clone(), effects);
+            self.close(conn, TargetCloseReason::Refused(text), effects);
+        }
     }
 
     /// Has the image made or found for the session's Hello, unless that is under way for an earlier one.

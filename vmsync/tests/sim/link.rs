@@ -139,7 +139,7 @@ impl World {
         }
     }
 
-    pub fn to_target(&mut self, id: u64, bytes: &[u8]) {
+    pub fn arrive_at_target(&mut self, id: u64, bytes: &[u8]) {
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
         link.to_target.push(bytes);
         loop {
@@ -163,7 +163,7 @@ impl World {
         self.at(delay, Ev::ToSource { link: id, bytes: bytes[split..].to_vec() });
     }
 
-    pub fn to_source(&mut self, id: u64, bytes: &[u8]) {
+    pub fn arrive_at_source(&mut self, id: u64, bytes: &[u8]) {
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
         link.to_source.push(bytes);
         loop {

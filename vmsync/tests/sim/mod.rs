@@ -184,8 +184,8 @@ impl Seen {
     }
 }
 
-const CHAOS_MS: u64 = 6_000;
-const HEAL_MS: u64 = 4_000;
+const CHAOS_MS: u64 = 4_500;
+const HEAL_MS: u64 = 3_500;
 const PEERS: usize = 3;
 
 impl World {
@@ -277,8 +277,8 @@ impl World {
             Ev::StopPrimary { primary } => self.stop_primary(primary),
             Ev::Connect { primary, life, node } => self.connect(primary, life, node),
             Ev::Transmit { link } => self.transmit(link),
-            Ev::ToTarget { link, bytes } => self.to_target(link, &bytes),
-            Ev::ToSource { link, bytes } => self.to_source(link, &bytes),
+            Ev::ToTarget { link, bytes } => self.arrive_at_target(link, &bytes),
+            Ev::ToSource { link, bytes } => self.arrive_at_source(link, &bytes),
             Ev::SourceSeesEnd { link } => self.source_sees_end(link),
             Ev::TargetSeesEnd { link } => self.target_sees_end(link),
             Ev::CutLink { link } => self.cut_link(link),

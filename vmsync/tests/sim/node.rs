@@ -30,6 +30,8 @@ pub struct Node {
     promised: Option<(u64, u64)>,
     /// The newest commit seen in this lineage.
     last_commit: Option<(u64, u64)>,
+    /// Highest term of which something was committed here.
+    commit_term: u64,
     pub promoted: bool,
 }
 
@@ -43,6 +45,7 @@ impl Node {
             effects: VecDeque::new(),
             promised: None,
             last_commit: None,
+            commit_term: 0,
             promoted: false,
         }
     }
@@ -195,7 +198,9 @@ impl World {
                 }
                 self.target_closes(conn.0);
             }
-            TargetEffect::Committed(_) => {
+            TargetEffect::Committed(commit) => {
+                assert!(commit.term.get() >= n.commit_term, "node {node} follows a primary that was replaced");
+                n.commit_term = commit.term.get();
                 self.seen.commits += 1;
                 self.check_storage(node);
             }
@@ -230,6 +235,8 @@ impl World {
         }
         if !kept {
             self.nodes[node].image.pages = Some(vec![0; self.layout.total_pages() as usize]);
+            // The record of the image that was there must not vouch for this one.
+            self.check_storage(node);
         }
         self.target_event(node, TargetEvent::PrepareDone { result: Ok(fresh_or_kept(kept)) });
     }
@@ -257,7 +264,7 @@ impl World {
         let hashes = &pages[from as usize..(from + count) as usize];
         let hashes = hashes.iter().map(|v| hash_page(seed, &content(*v))).collect();
         self.target_event(node, TargetEvent::Hashed { id, start, hashes });
-        let after = self.rng.below(60);
+        let after = if self.nature.faults && self.rng.chance(30) { 2_500 } else { self.rng.below(60) };
         self.at(after, Ev::HashNow { node, life, id, seed, from: from + count });
     }
 

@@ -1,0 +1,371 @@
+//! What a target accepts, refuses and promises, message by message.
+
+use vmsync::device_state::DeviceState;
+use vmsync::frame::FrameEncoder;
+use vmsync::hashes::HashSeed;
+use vmsync::message::{Hello, ImageState, RefuseCode, SourceBody, TargetBody};
+use vmsync::target::{
+    ConnId, PreparedImage, PromoteRefusal, Target, TargetCloseReason, TargetConfig, TargetEffect, TargetEvent,
+};
+use vmsync::wire::{Chain, Decoder, WireError, encode};
+use vmsync::{Epoch, GuestUuid, Lineage, Millis, PageAddr, RamBlock, RamLayout, Term};
+
+const GUEST: GuestUuid = GuestUuid::from_bytes([7; 16]);
+
+struct Bench {
+    target: Target,
+    chain: Chain,
+    state: Vec<u8>,
+    journal: Vec<u8>,
+}
+
+fn layout() -> RamLayout {
+    RamLayout::new(vec![RamBlock { name: "pc.ram".into(), len_bytes: 64 * 4096 }]).unwrap()
+}
+
+fn config() -> TargetConfig {
+    TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(3), staging_limit_bytes: 40_000 }
+}
+
+fn hello(lineage: u64) -> SourceBody {
+    SourceBody::Hello(Box::new(Hello {
+        lineage: Lineage::new(lineage),
+        guest: GUEST,
+        domain: "g1".into(),
+        source_host: "h1".into(),
+        layout: layout(),
+        description: vec![],
+    }))
+}
+
+fn pages(first: u32, count: u32) -> SourceBody {
+    let mut encoder = FrameEncoder::new(0);
+    (first..first + count).for_each(|i| assert!(encoder.push(PageAddr::new(0, i), &[1; 4096])));
+    let mut out = Vec::new();
+    encoder.finish(&mut out);
+    SourceBody::Pages(out)
+}
+
+fn device_state() -> SourceBody {
+    let mut out = Vec::new();
+    DeviceState { running: true, bytes: b"QEVM"[..].into() }.encode(0, &mut out).unwrap();
+    SourceBody::DeviceState(out)
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { target: Target::new(config()), chain: Chain::default(), state: vec![], journal: vec![] }
+    }
+
+    /// A shadow that has committed epoch 1 of lineage 50 over connection 1.
+    fn committed() -> Self {
+        let mut bench = Self::new();
+        bench.greet(1, 3, 50);
+        bench.send(1, 3, 1, &pages(0, 4));
+        bench.commit(1, 1);
+        assert_eq!(bench.epoch(), Some(1));
+        bench
+    }
+
+    fn epoch(&self) -> Option<u64> {
+        self.target.committed().map(|c| c.epoch.get())
+    }
+
+    fn step(&mut self, event: TargetEvent) -> Vec<TargetEffect> {
+        let mut effects = Vec::new();
+        self.target.step(Millis::new(1), event, &mut effects);
+        for effect in &effects {
+            match effect {
+                TargetEffect::SaveState(bytes) => self.state = bytes.clone(),
+                TargetEffect::AppendJournal { bytes, .. } => self.journal.extend_from_slice(bytes),
+                TargetEffect::TruncateJournal { len_bytes } => self.journal.truncate(*len_bytes as usize),
+                _ => {}
+            }
+        }
+        effects
+    }
+
+    fn send(&mut self, conn: u64, term: u64, epoch: u64, body: &SourceBody) -> Vec<TargetEffect> {
+        let encoded = encode(Term::new(term), Epoch::new(epoch), body);
+        if matches!(body, SourceBody::Pages(_) | SourceBody::DeviceState(_)) {
+            self.chain.add(encoded.checksum);
+        }
+        let mut decoder = Decoder::new();
+        decoder.push(&encoded.bytes);
+        let message = decoder.next().unwrap().unwrap();
+        self.step(TargetEvent::Received { conn: ConnId(conn), message })
+    }
+
+    fn greet(&mut self, conn: u64, term: u64, lineage: u64) -> Vec<TargetEffect> {
+        self.chain = Chain::default();
+        let mut effects = self.send(conn, term, 0, &hello(lineage));
+        let prepare = effects.iter().find_map(|e| match e {
+            TargetEffect::Prepare { keep, .. } => Some(*keep),
+            _ => None,
+        });
+        if let Some(keep) = prepare {
+            let image = if keep { PreparedImage::Kept } else { PreparedImage::Fresh };
+            effects.extend(self.step(TargetEvent::PrepareDone { result: Ok(image) }));
+        }
+        effects
+    }
+
+    fn commit(&mut self, conn: u64, epoch: u64) -> Vec<TargetEffect> {
+        let mut effects = self.send(conn, 3, epoch, &device_state());
+        let chain = std::mem::take(&mut self.chain);
+        effects.extend(self.send(conn, 3, epoch, &SourceBody::Commit(chain)));
+        effects
+    }
+}
+
+fn sent(effects: &[TargetEffect]) -> Vec<TargetBody> {
+    let mut decoder = Decoder::<TargetBody>::new();
+    for effect in effects {
+        if let TargetEffect::Send { bytes, .. } = effect {
+            decoder.push(bytes);
+        }
+    }
+    std::iter::from_fn(|| decoder.next().unwrap().map(|m| m.body)).collect()
+}
+
+fn refused(effects: &[TargetEffect]) -> Option<(RefuseCode, u64)> {
+    sent(effects).into_iter().find_map(|body| match body {
+        TargetBody::Refuse { code, known_term, .. } => Some((code, known_term.get())),
+        _ => None,
+    })
+}
+
+fn closes(effects: &[TargetEffect], conn: u64) -> bool {
+    effects.iter().any(|e| matches!(e, TargetEffect::Close { conn: c, .. } if c.0 == conn))
+}
+
+#[test]
+fn an_acknowledgement_stands_behind_what_makes_it_true() {
+    let mut bench = Bench::committed();
+    bench.send(1, 3, 2, &pages(0, 2));
+    let effects = bench.commit(1, 2);
+    let at = |what: &dyn Fn(&TargetEffect) -> bool| effects.iter().position(what).expect("there");
+    let sealed = at(&|e| matches!(e, TargetEffect::AppendJournal { durable: true, .. }));
+    let ack = at(&|e| matches!(e, TargetEffect::Send { .. }));
+    let apply = at(&|e| matches!(e, TargetEffect::Apply(_)));
+    let saved = at(&|e| matches!(e, TargetEffect::SaveState(_)));
+    let cleared = at(&|e| matches!(e, TargetEffect::TruncateJournal { .. }));
+    assert!(sealed < ack && sealed < apply && apply < saved && saved < cleared, "{effects:?}");
+}
+
+#[test]
+fn the_first_copy_is_applied_at_once_and_a_later_epoch_only_when_sealed() {
+    let mut bench = Bench::new();
+    let effects = bench.greet(1, 3, 50);
+    assert_eq!(sent(&effects), [TargetBody::Welcome(ImageState::Zero)]);
+    assert!(matches!(bench.send(1, 3, 0, &pages(0, 4))[..], [TargetEffect::Apply(_)]));
+    bench.commit(1, 1);
+    assert!(matches!(bench.send(1, 3, 0, &pages(0, 4))[..], [TargetEffect::AppendJournal { durable: false, .. }]));
+}
+
+#[test]
+fn an_epoch_that_is_not_what_was_sealed_is_refused_and_changes_nothing() {
+    for spoil in ["count", "checksum", "no device state", "old epoch", "epoch 0"] {
+        let mut bench = Bench::committed();
+        bench.send(1, 3, 2, &pages(0, 2));
+        let mut epoch = 2;
+        if spoil != "no device state" {
+            bench.send(1, 3, 2, &device_state());
+        }
+        let mut chain = bench.chain;
+        match spoil {
+            "count" => chain.count += 1,
+            "checksum" => chain.checksum ^= 1,
+            "old epoch" => epoch = 1,
+            "epoch 0" => epoch = 0,
+            _ => {}
+        }
+        let effects = bench.send(1, 3, epoch, &SourceBody::Commit(chain));
+        assert_eq!(refused(&effects).map(|r| r.0), Some(RefuseCode::Protocol), "{spoil}");
+        assert!(closes(&effects, 1), "{spoil}");
+        assert!(!effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))), "{spoil}");
+        assert_eq!(bench.epoch(), Some(1), "{spoil}");
+        assert_eq!(bench.journal.len(), 40, "{spoil}: what was staged is cut off");
+    }
+}
+
+#[test]
+fn bad_frames_and_messages_out_of_place_close_the_connection() {
+    let frame = |bytes: &[u8]| SourceBody::Pages(bytes.to_vec());
+    for body in [
+        frame(&[]),
+        frame(&[1, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0]), // page 64 of 64
+        SourceBody::DeviceState(vec![9; 20]),
+        SourceBody::VerifyRequest { seed: HashSeed::new(1) }, // of epoch 9
+        hello(50),
+    ] {
+        let mut bench = Bench::committed();
+        let effects = bench.send(1, 3, 9, &body);
+        assert!(closes(&effects, 1), "{body:?}");
+        assert_eq!(bench.epoch(), Some(1));
+        assert_eq!(bench.target.view().source_host, None);
+    }
+    let mut bench = Bench::committed();
+    assert!(closes(&bench.send(7, 3, 1, &pages(0, 1)), 7), "no Hello on that connection");
+    assert!(closes(&bench.send(1, 2, 1, &pages(0, 1)), 1), "another term than the session's");
+    let effects = Bench::new().send(1, 3, 0, &hello(50));
+    assert!(matches!(effects[..], [TargetEffect::Prepare { keep: false, .. }]));
+    let mut bench = Bench::new();
+    bench.send(1, 3, 0, &hello(50));
+    assert!(closes(&bench.send(1, 3, 0, &pages(0, 1)), 1), "pages before Welcome");
+}
+
+#[test]
+fn pages_while_the_source_waits_for_hashes_are_an_error() {
+    let mut bench = Bench::committed();
+    bench.greet(2, 3, 51);
+    let effects = bench.send(2, 3, 0, &SourceBody::HashRequest { seed: HashSeed::new(1) });
+    assert!(matches!(effects[..], [TargetEffect::Hash { .. }]));
+    let effects = bench.send(2, 3, 0, &pages(0, 1));
+    assert!(closes(&effects, 2));
+    assert!(effects.iter().any(|e| matches!(e, TargetEffect::StopHash { .. })));
+}
+
+#[test]
+fn a_source_of_a_lower_term_is_refused_and_a_higher_one_remembered() {
+    let mut bench = Bench::committed();
+    let effects = bench.greet(2, 2, 60);
+    assert_eq!(refused(&effects), Some((RefuseCode::StaleTerm, 3)));
+    assert!(closes(&effects, 2) && !closes(&effects, 1), "the session goes on");
+    let effects = bench.greet(3, 8, 61);
+    assert!(closes(&effects, 1), "a newer primary replaces the old one");
+    let resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+    assert_eq!(resumed.target.view().term, Term::new(8), "also after a restart");
+    assert_eq!(resumed.target.committed(), bench.target.committed());
+    assert_eq!(refused(&bench.greet(4, 7, 62)), Some((RefuseCode::StaleTerm, 8)));
+}
+
+#[test]
+fn a_term_that_the_manager_tells_cuts_the_old_primary_off() {
+    let mut bench = Bench::committed();
+    assert!(bench.step(TargetEvent::TermKnown { term: Term::new(3) }).is_empty());
+    let effects = bench.step(TargetEvent::TermKnown { term: Term::new(4) });
+    assert_eq!(refused(&effects), Some((RefuseCode::StaleTerm, 4)));
+    assert!(closes(&effects, 1) && matches!(effects[0], TargetEffect::SaveState(_)));
+    assert_eq!(bench.epoch(), Some(1), "what was committed stays");
+    assert_eq!(refused(&bench.greet(2, 3, 50)), Some((RefuseCode::StaleTerm, 4)));
+}
+
+#[test]
+fn a_connection_that_comes_again_replaces_the_old_one_and_drops_what_that_staged() {
+    let mut bench = Bench::committed();
+    bench.send(1, 3, 2, &pages(0, 2));
+    let effects = bench.greet(2, 3, 50);
+    assert!(effects.iter().any(|e| matches!(e, TargetEffect::Close { reason: TargetCloseReason::Replaced, .. })));
+    let state = ImageState::Committed { lineage: Lineage::new(50), epoch: Epoch::new(1) };
+    assert_eq!(sent(&effects), [TargetBody::Welcome(state)]);
+    bench.commit(2, 2);
+    assert_eq!(bench.epoch(), Some(2), "without the staged pages: they are not part of this chain");
+    assert!(bench.step(TargetEvent::Disconnected { conn: ConnId(1) }).is_empty(), "the old end is of no matter");
+}
+
+#[test]
+fn promotion_needs_a_newer_term_and_a_commit_that_is_new_enough() {
+    let refusal = |bench: &mut Bench, term, after| {
+        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after) };
+        match &bench.step(event)[..] {
+            [TargetEffect::PromoteRefused(refusal)] => refusal.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(refusal(&mut Bench::new(), 4, 0), PromoteRefusal::NoCommit);
+    let mut bench = Bench::committed();
+    let term = PromoteRefusal::Term { asked: Term::new(3), known: Term::new(3) };
+    assert_eq!(refusal(&mut bench, 3, 0), term);
+    let old = PromoteRefusal::TooOld { committed: Epoch::new(1), wanted: Epoch::new(2) };
+    assert_eq!(refusal(&mut bench, 4, 2), old);
+    let effects = bench.step(TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(1) });
+    let at = |what: &dyn Fn(&TargetEffect) -> bool| effects.iter().position(what).expect("there");
+    let saved = at(&|e| matches!(e, TargetEffect::SaveState(_)));
+    let promoted = at(&|e| matches!(e, TargetEffect::Promote(_)));
+    assert!(saved < promoted, "a restarted agent must know");
+    assert_eq!(refused(&effects), Some((RefuseCode::Promoted, 4)), "the old primary is told");
+    assert_eq!(refusal(&mut bench, 5, 0), PromoteRefusal::AlreadyPromoted(Term::new(4)));
+    assert_eq!(refused(&bench.greet(9, 9, 70)), Some((RefuseCode::Promoted, 4)), "its memory is in use");
+    let resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+    assert_eq!(resumed.target.promotion().map(|p| p.term), Some(Term::new(4)));
+    assert!(resumed.effects.is_empty(), "nothing is replayed onto a running guest");
+}
+
+#[test]
+fn staging_has_a_limit_and_the_source_is_told() {
+    let mut bench = Bench::committed();
+    assert!(bench.send(1, 3, 0, &pages(0, 9)).iter().all(|e| matches!(e, TargetEffect::AppendJournal { .. })));
+    let effects = bench.send(1, 3, 0, &pages(20, 9));
+    assert_eq!(sent(&effects), [TargetBody::GaveUp]);
+    let at = |what: &dyn Fn(&TargetEffect) -> bool| effects.iter().position(what).expect("there");
+    let saved = at(&|e| matches!(e, TargetEffect::SaveState(_)));
+    assert!(saved < at(&|e| matches!(e, TargetEffect::Apply(_))), "first it says that there is no commit");
+    assert_eq!(bench.epoch(), None);
+    assert_eq!(bench.journal.len(), 40);
+    let effects = bench.commit(1, 2);
+    assert!(sent(&effects).contains(&TargetBody::Ack));
+    assert_eq!(bench.epoch(), Some(2), "the next commit makes it whole again");
+}
+
+#[test]
+fn a_journal_left_behind_by_a_given_up_commit_is_not_replayed() {
+    // The agent crashed after SaveState said that there is no commit, and before the journal was cut.
+    let mut bench = Bench::committed();
+    bench.send(1, 3, 2, &pages(0, 2));
+    bench.send(1, 3, 2, &device_state());
+    let chain = bench.chain;
+    let mut effects = Vec::new();
+    let encoded = encode(Term::new(3), Epoch::new(2), &SourceBody::Commit(chain));
+    let mut decoder = Decoder::new();
+    decoder.push(&encoded.bytes);
+    let message = decoder.next().unwrap().unwrap();
+    bench.target.step(Millis::new(1), TargetEvent::Received { conn: ConnId(1), message }, &mut effects);
+    for effect in &effects {
+        if let TargetEffect::AppendJournal { bytes, .. } = effect {
+            bench.journal.extend_from_slice(bytes);
+        }
+    }
+    let sealed = bench.journal.clone();
+    let replayed = Target::resume(config(), &bench.state, &sealed).unwrap();
+    assert_eq!(replayed.target.committed().map(|c| c.epoch.get()), Some(2), "sealed counts");
+    bench.step(TargetEvent::ImageLost);
+    bench.greet(2, 3, 51); // a fresh image, not committed
+    let resumed = Target::resume(config(), &bench.state, &sealed).unwrap();
+    assert_eq!(resumed.target.committed(), None);
+    assert!(!resumed.effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))));
+}
+
+#[test]
+fn failures_to_prepare_and_foreign_versions_are_told() {
+    let mut bench = Bench::new();
+    bench.send(1, 3, 0, &hello(50));
+    let effects = bench.step(TargetEvent::PrepareDone { result: Err("no memory left; free 2 GiB".into()) });
+    let refuse = TargetBody::Refuse {
+        code: RefuseCode::CannotPrepare,
+        text: "no memory left; free 2 GiB".into(),
+        known_term: Term::new(3),
+    };
+    assert_eq!(sent(&effects), [refuse]);
+    assert!(closes(&effects, 1));
+    let error = WireError::Version { ours: 1, theirs: 2 };
+    let effects = bench.step(TargetEvent::Unreadable { conn: ConnId(2), error });
+    assert_eq!(refused(&effects).map(|r| r.0), Some(RefuseCode::Version));
+    let mut other = Bench::new();
+    let SourceBody::Hello(mut foreign) = hello(50) else { unreachable!() };
+    foreign.guest = GuestUuid::from_bytes([8; 16]);
+    let effects = other.send(1, 3, 0, &SourceBody::Hello(foreign));
+    assert_eq!(refused(&effects).map(|r| r.0), Some(RefuseCode::UnknownGuest));
+}
+
+#[test]
+fn only_one_prepare_is_under_way() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.send(1, 3, 0, &hello(50)).len(), 1);
+    let effects = bench.send(2, 3, 0, &hello(51));
+    assert!(matches!(effects[..], [TargetEffect::Close { conn: ConnId(1), .. }]), "{effects:?}");
+    let effects = bench.step(TargetEvent::PrepareDone { result: Ok(PreparedImage::Fresh) });
+    assert!(matches!(effects.last(), Some(TargetEffect::Prepare { keep: true, .. })), "{effects:?}");
+    let effects = bench.step(TargetEvent::PrepareDone { result: Ok(PreparedImage::Kept) });
+    assert_eq!(sent(&effects), [TargetBody::Welcome(ImageState::Zero)]);
+}
