@@ -24,6 +24,10 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    // The agent starts this program again as its guard; see `capture::guard`. Before anything makes a thread.
+    if std::env::args_os().nth(1).is_some_and(|word| word == "guard") {
+        virt_shadow::capture::guard::main();
+    }
     let arguments = Arguments::parse();
     match start(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
