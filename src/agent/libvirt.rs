@@ -79,6 +79,32 @@ impl Libvirt {
     }
 }
 
+/// A guest's domain on whatever connection there is: looked up again after libvirtd was restarted.
+pub struct LiveDomain {
+    libvirt: Arc<Libvirt>,
+    uuid: String,
+    known: Mutex<Option<(Arc<Hypervisor>, Arc<Domain>)>>,
+}
+
+impl LiveDomain {
+    pub fn new(libvirt: Arc<Libvirt>, uuid: &str) -> Self {
+        Self { libvirt, uuid: uuid.to_owned(), known: Mutex::new(None) }
+    }
+
+    pub fn get(&self) -> Result<Arc<Domain>, HypervisorError> {
+        let current = self.libvirt.get()?;
+        let mut known = self.known.lock().unwrap_or_else(|p| p.into_inner());
+        if let Some((hypervisor, domain)) = known.as_ref()
+            && Arc::ptr_eq(hypervisor, &current)
+        {
+            return Ok(Arc::clone(domain));
+        }
+        let domain = Arc::new(current.lookup_uuid(&self.uuid)?);
+        *known = Some((current, Arc::clone(&domain)));
+        Ok(domain)
+    }
+}
+
 /// The router's thread: connects, passes events on, starts over. Ends with the last handle.
 fn keep_connected(libvirt: &Weak<Libvirt>) {
     let mut reported = false;

@@ -19,6 +19,7 @@ use super::peers::PeerEvent;
 use super::session::{Input, Session};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
+use crate::agent::libvirt::LiveDomain;
 use crate::agent::stats::{Dirty, Pauses, Rate};
 use crate::api::control::{PeerStatus, PrimaryStatus};
 use crate::api::types::{ApiError, CaptureStats, ShadowState, VerifyReport, VerifyShadow};
@@ -39,7 +40,8 @@ const PREPARE_EVERY: Duration = Duration::from_millis(10);
 const DEVICES_SETTLE: Duration = Duration::from_millis(150);
 /// An answer of the cut thread that takes this long will not come: libvirt itself gives up after 30 s.
 const CUT_ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// Cuts that fail in a row before the guest is attached anew.
+/// Cuts that fail in a row before that is shown as a problem, and before the guest is attached anew.
+const FAILURES_SHOWN: u32 = 3;
 const FAILURES_IN_A_ROW: u32 = 20;
 
 /// What is carried over when a guest is attached anew.
@@ -58,7 +60,7 @@ pub(super) struct Capturing {
     guest: String,
     host: String,
     started: Instant,
-    pub(super) domain: Domain,
+    pub(super) domain: LiveDomain,
     process: QemuProcess,
     memory: GuestMemory,
     mappings: u64,
@@ -76,6 +78,8 @@ pub(super) struct Capturing {
     pub(super) cutting_since: Option<Instant>,
     last_cut_ended: Instant,
     failures: u32,
+    /// Why the last cut failed.
+    problem: String,
     /// An operator (or an error) paused the guest.
     pub(super) paused: bool,
     devices_changed_at: Option<Instant>,
@@ -110,7 +114,7 @@ impl Capturing {
         let guard = context.guards.get().map_err(|e| text(&e))?;
         let options =
             AttachOptions { tracker: context.tracker, bound: context.watchdog, run_dir: context.run_dir.clone() };
-        let call = monitor_call(&context, &spec.uuid);
+        let call = monitor_call(LiveDomain::new(Arc::clone(&context.libvirt), &spec.uuid));
         let Attached { cutter, process, layout, tracker_reason } =
             attach(&domain, &guard, call, &options).map_err(|e| text(&e))?;
         let guest = GuestUuid::parse(&spec.uuid).ok_or_else(|| format!("{} is no UUID", spec.uuid))?;
@@ -148,7 +152,7 @@ impl Capturing {
             guest: spec.domain,
             host: context.host.clone(),
             started: now,
-            domain,
+            domain: LiveDomain::new(Arc::clone(&context.libvirt), &spec.uuid),
             process,
             memory,
             mappings,
@@ -164,6 +168,7 @@ impl Capturing {
             cutting_since: None,
             last_cut_ended: now,
             failures: 0,
+            problem: String::new(),
             paused: state == DomainState::Paused,
             devices_changed_at: None,
             final_cut: None,
@@ -357,6 +362,7 @@ impl Capturing {
                     Err(error) => self.trouble = Some(error.to_string()),
                 }
             }
+            // libvirtd may be away for long; what the tracker knows is kept until it is back.
             CutError::Monitor(reason) => tracing::debug!(guest = self.guest, reason, "cut refused"),
             CutError::DeviceState(_) => tracing::warn!(guest = self.guest, %error, "a cut brought no usable state"),
             CutError::Tracker(_) | CutError::Memory(_) | CutError::Pipe(_) => self.trouble = Some(error.to_string()),
@@ -364,7 +370,8 @@ impl Capturing {
         // Not again at once: whatever is wrong, the guest shall not be stopped for nothing 20 times a second.
         let pause = self.interval.max(Duration::from_millis(50)) * self.failures.min(20);
         self.next_cut_at = Instant::now() + pause;
-        if self.failures >= FAILURES_IN_A_ROW {
+        self.problem = error.to_string();
+        if self.failures >= FAILURES_IN_A_ROW && !matches!(error, CutError::Monitor(_)) {
             self.failures = 0;
             self.trouble = Some(error.to_string());
         }
@@ -376,7 +383,11 @@ impl Capturing {
 
     /// Attaches anew when the guest has other RAM blocks or another definition than the shadows were made from.
     fn compare_devices(&mut self) {
-        let (layout, definition) = match (ram_layout(&self.domain), definition_of(&self.domain)) {
+        let domain = match self.domain.get() {
+            Ok(domain) => domain,
+            Err(error) => return self.look_again_later(&error.to_string()),
+        };
+        let (layout, definition) = match (ram_layout(&domain), definition_of(&domain)) {
             (Ok((layout, _)), Ok(definition)) => (layout, definition),
             (Err(error), _) => return self.look_again_later(&error.to_string()),
             (_, Err(error)) => return self.look_again_later(&error),
@@ -412,14 +423,15 @@ impl Capturing {
             return;
         }
         const REASON_UNKNOWN: i32 = 0;
-        match (self.domain.state(), self.domain.job_running()) {
+        let Ok(domain) = self.domain.get() else { return };
+        match (domain.state(), domain.job_running()) {
             (Ok((DomainState::Paused, REASON_UNKNOWN)), Ok(false)) => {
                 if now < self.last_cut_ended + STUCK_AFTER {
                     self.next_cut_at = now + STUCK_AFTER;
                     return;
                 }
                 tracing::warn!(guest = self.guest, "found paused without a reason; resuming it");
-                if let Err(error) = self.domain.resume() {
+                if let Err(error) = domain.resume() {
                     tracing::error!(guest = self.guest, %error, "cannot resume it");
                 }
             }
@@ -539,7 +551,7 @@ impl Capturing {
         let own = self.source.totals();
         status.running = !self.paused && self.final_cut.is_none();
         status.memory_bytes = self.memory_bytes;
-        status.problem.clear();
+        status.problem = if self.failures >= FAILURES_SHOWN { self.problem.clone() } else { String::new() };
         status.stats = CaptureStats {
             epoch: self.totals.epoch,
             pause_us: self.totals.pauses.percentiles(),
@@ -677,26 +689,9 @@ fn verify_report(guest: &str, report: vmsync::source::VerifyReport, memory: &Gue
 }
 
 /// Sends commands over whatever connection to libvirt there is at that moment.
-fn monitor_call(context: &Arc<PrimaryContext>, uuid: &str) -> crate::capture::cutter::MonitorCall {
-    let (context, uuid) = (Arc::clone(context), uuid.to_owned());
-    let known: Mutex<Option<Domain>> = Mutex::new(None);
+fn monitor_call(domain: LiveDomain) -> crate::capture::cutter::MonitorCall {
     Arc::new(move |command| {
-        let mut known = known.lock().unwrap_or_else(|p| p.into_inner());
-        let domain = match known.take() {
-            Some(domain) => domain,
-            None => context.libvirt.lookup(&uuid).map_err(|e| e.to_string())?,
-        };
-        match domain.qmp(command) {
-            Ok(_) => {
-                *known = Some(domain);
-                Ok(())
-            }
-            Err(error) if error.is_disconnect() => Err(error.to_string()),
-            Err(error) => {
-                *known = Some(domain);
-                Err(error.to_string())
-            }
-        }
+        domain.get().and_then(|domain| domain.qmp(command)).map(drop).map_err(|error| error.to_string())
     })
 }
 

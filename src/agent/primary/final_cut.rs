@@ -101,7 +101,7 @@ impl Capturing {
     }
 
     fn suspend_and_cut(&mut self, now: Instant) {
-        if let Err(error) = self.domain.suspend() {
+        if let Err(error) = self.domain.get().and_then(|domain| domain.suspend()) {
             return self.give_up_final_cut(&error.to_string());
         }
         if let Some(final_cut) = &mut self.final_cut {
@@ -128,7 +128,7 @@ impl Capturing {
         let Some(final_cut) = self.final_cut.take() else { return };
         if final_cut.suspended.is_some() && final_cut.guest_ran {
             tracing::warn!(guest = self.guest(), reason, "switchover given up; the guest goes on here");
-            if let Err(error) = self.domain.resume() {
+            if let Err(error) = self.domain.get().and_then(|domain| domain.resume()) {
                 tracing::error!(guest = self.guest(), %error, "cannot resume the guest; do it with virsh resume");
             }
         }
