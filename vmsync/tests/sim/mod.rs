@@ -185,7 +185,7 @@ impl Seen {
 }
 
 const CHAOS_MS: u64 = 4_500;
-const HEAL_MS: u64 = 3_500;
+const HEAL_MS: u64 = 4_500;
 const PEERS: usize = 3;
 
 impl World {
@@ -246,6 +246,10 @@ impl World {
         self.run_until(CHAOS_MS);
         self.nature.faults = false;
         self.links.values_mut().for_each(Link::heal);
+        // Later than any verification that faults may still spoil.
+        for primary in 0..self.primaries.len() {
+            self.at(3_000, Ev::VerifyStart { primary });
+        }
         self.run_until(CHAOS_MS + HEAL_MS);
         self.check_healed();
         self
