@@ -403,16 +403,24 @@ impl Capturing {
     }
 
     pub(super) fn guest_stopped(&mut self, at_us: u64) {
-        let ours = self.cutting_since.is_some() || self.last_cut_ended.elapsed() < Duration::from_millis(100);
-        if ours && self.final_cut.is_none() {
+        if self.is_about_a_cut() {
             self.totals.pauses.stopped(at_us);
         } else {
             self.totals.pauses.ignore_current();
         }
     }
 
+    /// Whether an event of this moment can stem from a cut; others stop and start the guest as well.
+    fn is_about_a_cut(&self) -> bool {
+        let just_cut = self.cutting_since.is_some() || self.last_cut_ended.elapsed() < Duration::from_millis(100);
+        just_cut && self.final_cut.is_none()
+    }
+
     pub(super) fn guest_resumed(&mut self, at_us: u64) {
         self.paused = false;
+        if !self.is_about_a_cut() {
+            self.totals.pauses.ignore_current();
+        }
         self.totals.pauses.resumed(at_us);
     }
 
