@@ -49,8 +49,8 @@ impl Stage {
         Some(Self { lab, folder })
     }
 
-    /// Runs one step of [`inside`] on a host.
-    fn run(&self, host: &str, step: &str) {
+    /// Runs one step of [`inside`] on a host; returns what it printed.
+    fn run(&self, host: &str, step: &str) -> String {
         let program = std::env::current_exe().unwrap();
         let mut command: Command = self.lab.command(host, program.to_str().unwrap()).unwrap();
         command.args(["inside", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
@@ -58,6 +58,7 @@ impl Stage {
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{step} on {host}: {text}");
+        text.into_owned()
     }
 
     fn client(&self) -> GuestClient {
@@ -127,6 +128,38 @@ fn what_must_not_happen_does_not() {
     assert!(client.verify().unwrap().contains("errors=0"));
 }
 
+/// An agent that dies in the middle of a promotion leaves a guest that runs, or a shadow that can still be promoted,
+/// or (when it died while the state was being written) nothing that looks like a shadow.
+#[test]
+fn a_promotion_survives_the_death_of_its_agent() {
+    let Some(stage) = Stage::new("death") else { return };
+    stage.run("host1", "save");
+    let mut outcomes = Vec::new();
+    for delay_us in [0, 300, 1_000, 3_000, 8_000, 20_000] {
+        stage.run("host2", "fill");
+        stage.run("host2", &format!("die-promoting:{delay_us}"));
+        let text = stage.run("host2", "find-and-remove");
+        let outcome = text.split("outcome: ").nth(1).and_then(|rest| rest.lines().next()).unwrap().to_owned();
+        outcomes.push((delay_us, outcome));
+    }
+    println!("{outcomes:?}");
+    assert_eq!(outcomes[0].1, "waiting", "{outcomes:?}");
+    assert_eq!(outcomes[5].1, "promoted", "{outcomes:?}");
+    // Writing takes 0.2 ms; only who dies within these can lose the shadow.
+    assert!(outcomes.iter().filter(|(_, outcome)| outcome == "none").count() <= 1, "{outcomes:?}");
+}
+
+/// libvirtd dies when the state has just been written: the guest runs, and that is what is reported.
+#[test]
+fn a_promotion_survives_the_death_of_libvirtd() {
+    let Some(stage) = Stage::new("libvirtd") else { return };
+    stage.run("host1", "save");
+    stage.run("host2", "fill");
+    stage.run("host2", "promote-without-libvirtd");
+    let mut client = stage.client();
+    assert!(client.verify().unwrap().contains("errors=0"));
+}
+
 #[test]
 #[ignore = "run by the other tests in the namespaces of a host"]
 fn inside() {
@@ -142,7 +175,12 @@ fn inside() {
         "refuse-other-memory" => refuse_other_memory(&hypervisor, &folder),
         "report-a-failed-load" => report_a_failed_load(&hypervisor, &folder),
         "leave-running-guests-alone" => leave_running_guests_alone(&hypervisor),
-        other => panic!("unknown step {other}"),
+        "find-and-remove" => find_and_remove(&hypervisor, &folder),
+        "promote-without-libvirtd" => promote_without_libvirtd(&hypervisor, &folder),
+        other => match other.split_once(':') {
+            Some(("die-promoting", delay_us)) => die_promoting(&hypervisor, &folder, delay_us.parse().unwrap()),
+            _ => panic!("unknown step {other}"),
+        },
     }
 }
 
@@ -292,6 +330,68 @@ fn promote_paused(hypervisor: &Arc<Hypervisor>, folder: &Path) {
     assert_eq!(state.0, DomainState::Paused, "{state:?}");
     domain.resume().unwrap();
     assert_eq!(domain.run_state().unwrap(), "running");
+}
+
+/// Ends this process `delay_us` after a promotion began, or right before it for 0.
+fn die_promoting(hypervisor: &Arc<Hypervisor>, folder: &Path, delay_us: u64) {
+    let shadow = adopt(hypervisor, folder);
+    let state = fs::read(folder.join("state")).unwrap();
+    if delay_us == 0 {
+        // As if it had died between writing its record and writing the state.
+        let path = shadow.directory().join("state.json");
+        let record = fs::read_to_string(&path).unwrap();
+        fs::write(path, record.replace("\"waiting\"", "\"promoting\"")).unwrap();
+        return;
+    }
+    std::thread::spawn(move || {
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_micros(delay_us) {}
+        // SAFETY: ends the process at once, as a crash would; that nothing is cleaned up is the point. Exit code 0
+        // is for the caller, who sees no difference.
+        unsafe { libc::_exit(0) };
+    });
+    let _ = shadow.promote(hypervisor, &state, true);
+    std::thread::sleep(Duration::from_secs(1));
+}
+
+fn find_and_remove(hypervisor: &Arc<Hypervisor>, folder: &Path) {
+    let uuid = saved(folder).0.uuid;
+    let outcome = match Shadow::adopt(hypervisor, &uuid, Path::new(RUN_DIR)).unwrap() {
+        Adopted::Waiting(shadow) => {
+            // It is as good as before.
+            let promotion = shadow.promote(hypervisor, &fs::read(folder.join("state")).unwrap(), true).unwrap();
+            assert!(promotion.warnings.is_empty(), "{:?}", promotion.warnings);
+            "waiting"
+        }
+        Adopted::Promoted(promotion) => {
+            assert!(promotion.warnings.is_empty(), "{:?}", promotion.warnings);
+            "promoted"
+        }
+        Adopted::None => "none",
+    };
+    println!("outcome: {outcome}");
+    if let Ok(domain) = hypervisor.lookup(GUEST) {
+        assert_eq!(domain.run_state().unwrap(), "running");
+        assert!(domain.is_persistent().unwrap());
+        domain.destroy().unwrap();
+        domain.undefine().unwrap();
+    }
+}
+
+fn promote_without_libvirtd(hypervisor: &Arc<Hypervisor>, folder: &Path) {
+    let shadow = adopt(hypervisor, folder);
+    let state = fs::read(folder.join("state")).unwrap();
+    // Of this host alone: its processes are a PID namespace of their own.
+    let numbers = fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse::<i32>().ok());
+    let is_libvirtd = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "libvirtd\n");
+    let libvirtd = nix::unistd::Pid::from_raw(numbers.into_iter().find(is_libvirtd).unwrap());
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_micros(1_500));
+        nix::sys::signal::kill(libvirtd, nix::sys::signal::Signal::SIGKILL).unwrap();
+    });
+    let promotion = shadow.promote(hypervisor, &state, true).unwrap();
+    println!("{promotion:?}");
+    assert_eq!(connect().lookup(GUEST).unwrap().run_state().unwrap(), "running");
 }
 
 fn give_up(hypervisor: &Arc<Hypervisor>, folder: &Path) {

@@ -1,5 +1,7 @@
 //! What can go wrong between us, libvirt and QEMU.
 
+use virt::sys;
+
 use super::ramblock::RamblockError;
 use super::xml::XmlError;
 
@@ -35,9 +37,11 @@ impl HypervisorError {
     pub fn is_disconnect(&self) -> bool {
         match self {
             Self::NotConnected { .. } => true,
-            // A call on a connection whose daemon went away fails in the RPC layer or as an invalid connection.
-            Self::Libvirt { code, .. } => {
-                [virt::sys::VIR_ERR_RPC, virt::sys::VIR_ERR_INVALID_CONN, virt::sys::VIR_ERR_NO_CONNECT].contains(code)
+            // A call whose libvirtd goes away fails as the system's own error (connection reset), raised by the
+            // RPC layer of this side; what libvirtd itself refuses keeps the origin it has there.
+            Self::Libvirt { code, origin, .. } => {
+                [sys::VIR_FROM_RPC, sys::VIR_FROM_REMOTE].contains(origin)
+                    || [sys::VIR_ERR_RPC, sys::VIR_ERR_INVALID_CONN, sys::VIR_ERR_NO_CONNECT].contains(code)
             }
             _ => false,
         }
@@ -69,8 +73,15 @@ mod tests {
 
     #[test]
     fn a_lost_connection_is_recognised() {
-        let rpc = |code| HypervisorError::Libvirt { action: "x".into(), code, origin: 7, message: "gone".into() };
-        assert!(rpc(virt::sys::VIR_ERR_RPC).is_disconnect());
-        assert!(!rpc(virt::sys::VIR_ERR_OPERATION_INVALID).is_disconnect());
+        let failed = |code, origin| {
+            let error = HypervisorError::Libvirt { action: "x".into(), code, origin, message: "gone".into() };
+            error.is_disconnect()
+        };
+        // "Cannot recv data: Connection reset by peer", "client socket is closed".
+        assert!(failed(sys::VIR_ERR_SYSTEM_ERROR, sys::VIR_FROM_RPC));
+        assert!(failed(sys::VIR_ERR_INTERNAL_ERROR, sys::VIR_FROM_RPC));
+        assert!(failed(sys::VIR_ERR_INVALID_CONN, sys::VIR_FROM_NONE));
+        assert!(!failed(sys::VIR_ERR_OPERATION_INVALID, sys::VIR_FROM_QEMU));
+        assert!(!failed(sys::VIR_ERR_SYSTEM_ERROR, sys::VIR_FROM_QEMU));
     }
 }

@@ -41,6 +41,11 @@ pub enum StandbyError {
     /// An incoming load works once in the life of a QEMU: the shadow has to be made anew.
     #[error("shadow of {guest} did not start: {reason}; QEMU's log on this host: {log}")]
     NotLoaded { guest: String, reason: String, log: PathBuf },
+    /// The state was handed to QEMU, and then libvirt was gone for good.
+    #[error(
+        "shadow of {guest}: it has its state, but libvirt cannot be asked whether it runs: {reason}; restart libvirtd"
+    )]
+    OutcomeUnknown { guest: String, reason: String },
     #[error("shadow of {guest} is not waiting any more: {reason}")]
     NotWaiting { guest: String, reason: String },
 }

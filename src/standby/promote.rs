@@ -19,7 +19,7 @@ use super::feed;
 use super::record::{self, Phase, Record};
 use super::shadow::{Adopted, Shadow, WAITING};
 use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml};
-use crate::hypervisor::{Domain, DomainState, Hypervisor, XmlKind};
+use crate::hypervisor::{self, Domain, DomainState, Hypervisor, HypervisorError, XmlKind};
 
 /// How long a load may take; the slowest ones seen took half a second on a busy host.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,6 +29,11 @@ const LATER_LOOKS: Duration = Duration::from_millis(2);
 const LOOKS_GROW_AFTER: Duration = Duration::from_millis(60);
 /// How often QEMU itself is asked while it loads; asking waits for its main loop.
 const ASK_EVERY: Duration = Duration::from_millis(50);
+/// How long a libvirtd that went away after the state had been written may take to come back.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+const RECONNECT_EVERY: Duration = Duration::from_millis(20);
+/// QEMU begins to read as soon as there is anything; one that has not by then got nothing.
+const UNTOUCHED_AFTER: Duration = Duration::from_millis(500);
 
 /// A guest that runs (or is paused, as it was) where its shadow waited.
 #[derive(Debug, Clone, Default)]
@@ -60,7 +65,8 @@ impl Shadow {
     ///
     /// `hypervisor` is the connection of this moment. If this fails before anything was written the shadow still
     /// waits and [`Shadow::adopt`] finds it; after [`StandbyError::NotLoaded`] it is of no more use and
-    /// [`Shadow::remove`] clears it away.
+    /// [`Shadow::remove`] clears it away; after [`StandbyError::OutcomeUnknown`] [`Shadow::adopt`] tells what became
+    /// of it.
     pub fn promote(mut self, hypervisor: &Arc<Hypervisor>, device_state: &[u8], running: bool) -> Result<Promotion> {
         let began = Instant::now();
         let elapsed_us = || micros(began.elapsed());
@@ -80,18 +86,14 @@ impl Shadow {
         self.write_record()?;
         let Self { domain, record, run_dir, image, feed, interfaces, .. } = self;
 
-        feed.send(&stream)
-            .map_err(|source| not_loaded(&domain, format!("its state could not be written: {source}")))?;
+        let mut watch = LoadWatch::new(Arc::clone(hypervisor), domain, record, began);
+        let sent = feed.send(&stream);
+        sent.map_err(|source| watch.not_loaded(format!("its state could not be written: {source}")))?;
         let mut timings = Timings { written_us: elapsed_us(), ..Timings::default() };
-        let deadline = began + LOAD_TIMEOUT;
-        if running {
-            timings.running_us = wait_running(&domain, &record, began, deadline)?;
-        } else {
-            timings.running_us = wait_loaded(&domain, &record, "paused", began, deadline)?;
-        }
+        timings.running_us = if running { watch.wait_running()? } else { watch.wait_loaded("paused")? };
         timings.verified_us = elapsed_us();
         // The guest runs; from here on nothing is urgent and nothing is fatal.
-        let mut promotion = finish(hypervisor, &domain, &record, &run_dir, &interfaces, timings);
+        let mut promotion = finish(&watch.hypervisor, &watch.domain, &watch.record, &run_dir, &interfaces, timings);
         drop(image);
         promotion.timings.total_us = elapsed_us();
         Ok(promotion)
@@ -99,30 +101,35 @@ impl Shadow {
 }
 
 /// Brings to an end what an agent that died left half done: a shadow whose record says that it was being promoted.
-pub(super) fn complete(hypervisor: &Arc<Hypervisor>, record: Record, run_dir: &Path) -> Result<Adopted> {
+pub(super) fn complete(hypervisor: &Arc<Hypervisor>, mut record: Record, run_dir: &Path) -> Result<Adopted> {
     let began = Instant::now();
+    let give_up = |reason: &str| {
+        tracing::error!(guest = record.name, reason, "the promotion that was under way has failed");
+        Shadow::clear_away(hypervisor, &record.uuid, run_dir).map(|()| Adopted::None)
+    };
     let domain = match hypervisor.lookup_uuid(&record.uuid) {
         Ok(domain) if record.process.is_alive() && domain.process()? == record.process => domain,
         Err(error) if error.is_disconnect() => return Err(error.into()),
-        // Its QEMU is gone, whatever it was.
-        _ => {
-            Shadow::remove(hypervisor, &record.uuid, run_dir)?;
-            return Ok(Adopted::None);
-        }
+        _ => return give_up("its QEMU has ended"),
     };
-    // The whole stream may have been on its way when the agent died.
-    while domain.run_state()? == WAITING {
-        if let Some(reason) = load_failure(&domain)? {
-            tracing::error!(guest = record.name, reason, "a promotion had failed when the agent ended");
-            Shadow::remove(hypervisor, &record.uuid, run_dir)?;
-            return Ok(Adopted::None);
+    loop {
+        let state = domain.run_state()?;
+        if state != WAITING {
+            break;
         }
-        if began.elapsed() > LOAD_TIMEOUT {
-            tracing::error!(guest = record.name, "a promotion was cut off in the middle of its device state");
-            Shadow::remove(hypervisor, &record.uuid, run_dir)?;
-            return Ok(Adopted::None);
+        let (status, reason) = migration(&domain)?;
+        match status.as_str() {
+            "failed" => return give_up(reason.as_deref().unwrap_or("QEMU gives no reason")),
+            // The agent died before it wrote anything.
+            "setup" if began.elapsed() > UNTOUCHED_AFTER => {
+                record.phase = Phase::Waiting;
+                let shadow = Shadow::reopen(hypervisor, record, run_dir)?;
+                shadow.write_record()?;
+                return Ok(Adopted::Waiting(Box::new(shadow)));
+            }
+            _ if began.elapsed() > LOAD_TIMEOUT => return give_up("its device state was written in part only"),
+            _ => std::thread::sleep(ASK_EVERY),
         }
-        std::thread::sleep(ASK_EVERY);
     }
     let interfaces = match GuestDefinition::parse(&domain.xml(XmlKind::Live)?) {
         Ok(definition) => definition.interfaces,
@@ -164,75 +171,117 @@ fn define(hypervisor: &Hypervisor, record: &Record) -> std::result::Result<(), S
     hypervisor.define_xml(&clean).map(drop).map_err(|error| error.to_string())
 }
 
-/// Waits until libvirt shows the guest running and QEMU confirms that it is; returns when libvirt did, microseconds
-/// after `began`.
-fn wait_running(domain: &Domain, record: &Record, began: Instant, deadline: Instant) -> Result<u64> {
-    let mut asked = Instant::now();
-    loop {
-        let (state, _) = domain.state()?;
-        if state == DomainState::Running {
-            let shown_us = micros(began.elapsed());
-            if is_loaded(domain, "running")? {
-                return Ok(shown_us);
+/// Watches a shadow that has got its state, through whatever connection there is: the state cannot be taken back, so
+/// a libvirtd that ends in this moment must not turn a running guest into a failure.
+struct LoadWatch {
+    hypervisor: Arc<Hypervisor>,
+    domain: Domain,
+    record: Record,
+    began: Instant,
+}
+
+impl LoadWatch {
+    fn new(hypervisor: Arc<Hypervisor>, domain: Domain, record: Record, began: Instant) -> Self {
+        Self { hypervisor, domain, record, began }
+    }
+
+    /// Waits until libvirt shows the guest running and QEMU confirms that it is; returns when libvirt did,
+    /// microseconds after the start.
+    fn wait_running(&mut self) -> Result<u64> {
+        let mut asked = Instant::now();
+        loop {
+            let (state, _) = self.ask(Domain::state)?;
+            if state == DomainState::Running {
+                let shown_us = micros(self.began.elapsed());
+                if self.is_loaded("running")? {
+                    return Ok(shown_us);
+                }
+                // An operator's resume of the waiting shadow made libvirt show it running before it is.
+                return self.wait_loaded("running");
             }
-            // An operator's resume of the waiting shadow made libvirt show it running before it is.
-            return wait_loaded(domain, record, "running", began, deadline);
+            if matches!(state, DomainState::ShutOff | DomainState::Crashed) {
+                return Err(self.not_loaded("its QEMU ended".into()));
+            }
+            if asked.elapsed() > ASK_EVERY {
+                asked = Instant::now();
+                self.check_loading()?;
+            }
+            std::thread::sleep(if self.began.elapsed() < LOOKS_GROW_AFTER { FIRST_LOOKS } else { LATER_LOOKS });
         }
-        if asked.elapsed() > ASK_EVERY {
-            asked = Instant::now();
-            check_loading(domain, record, state, deadline)?;
+    }
+
+    /// Waits until QEMU says that the load is complete and its state is `wanted`; returns microseconds after the
+    /// start.
+    fn wait_loaded(&mut self, wanted: &str) -> Result<u64> {
+        loop {
+            if self.is_loaded(wanted)? {
+                return Ok(micros(self.began.elapsed()));
+            }
+            self.check_loading()?;
+            std::thread::sleep(LATER_LOOKS);
         }
-        std::thread::sleep(if began.elapsed() < LOOKS_GROW_AFTER { FIRST_LOOKS } else { LATER_LOOKS });
     }
-}
 
-/// Waits until QEMU says that the load is complete and its state is `wanted`; returns microseconds after `began`.
-fn wait_loaded(domain: &Domain, record: &Record, wanted: &str, began: Instant, deadline: Instant) -> Result<u64> {
-    loop {
-        if is_loaded(domain, wanted)? {
-            return Ok(micros(began.elapsed()));
+    /// Whether QEMU says that its load is complete and its state is `wanted`.
+    fn is_loaded(&mut self, wanted: &str) -> Result<bool> {
+        Ok(self.ask(Domain::run_state)? == wanted && self.ask(migration)?.0 == "completed")
+    }
+
+    /// An error if the load has failed or takes too long.
+    fn check_loading(&mut self) -> Result<()> {
+        if !self.record.process.is_alive() {
+            return Err(self.not_loaded("its QEMU ended".into()));
         }
-        check_loading(domain, record, DomainState::Paused, deadline)?;
-        std::thread::sleep(LATER_LOOKS);
+        if let (status, reason) = self.ask(migration)?
+            && status == "failed"
+        {
+            return Err(self.not_loaded(reason.unwrap_or_else(|| "QEMU gives no reason".into())));
+        }
+        if self.began.elapsed() > LOAD_TIMEOUT {
+            let waited = LOAD_TIMEOUT.as_secs();
+            return Err(self.not_loaded(format!("QEMU has not loaded its state within {waited} s")));
+        }
+        Ok(())
     }
-}
 
-/// Whether QEMU says that its load is complete and its state is `wanted`.
-fn is_loaded(domain: &Domain, wanted: &str) -> Result<bool> {
-    Ok(domain.run_state()? == wanted && migration(domain)?.0 == "completed")
-}
+    /// Asks libvirt or QEMU something, connecting again as long as there is time.
+    fn ask<T>(&mut self, question: impl Fn(&Domain) -> hypervisor::Result<T>) -> Result<T> {
+        let mut outcome = question(&self.domain);
+        while let Err(error) = &outcome {
+            // While libvirtd finds its domains again after a start, ours may not be among them yet.
+            let passing = error.is_disconnect() || matches!(error, HypervisorError::NotFound { .. });
+            if !passing || !self.record.process.is_alive() {
+                break;
+            }
+            if self.began.elapsed() > CONNECT_TIMEOUT {
+                let guest = self.record.name.clone();
+                return Err(StandbyError::OutcomeUnknown { guest, reason: error.to_string() });
+            }
+            std::thread::sleep(RECONNECT_EVERY);
+            outcome = Hypervisor::connect(self.hypervisor.uri()).and_then(|connected| {
+                self.domain = connected.lookup_uuid(&self.record.uuid)?;
+                self.hypervisor = connected;
+                question(&self.domain)
+            });
+        }
+        match outcome {
+            Err(_) if !self.record.process.is_alive() => Err(self.not_loaded("its QEMU ended".into())),
+            outcome => Ok(outcome?),
+        }
+    }
 
-/// An error if the load has failed or takes too long.
-fn check_loading(domain: &Domain, record: &Record, state: DomainState, deadline: Instant) -> Result<()> {
-    if matches!(state, DomainState::ShutOff | DomainState::Crashed) || !record.process.is_alive() {
-        return Err(not_loaded(domain, "its QEMU ended".into()));
+    fn not_loaded(&self, reason: String) -> StandbyError {
+        let guest = self.record.name.clone();
+        let log = PathBuf::from(format!("/var/log/libvirt/qemu/{guest}.log"));
+        StandbyError::NotLoaded { guest, reason, log }
     }
-    if let Some(reason) = load_failure(domain)? {
-        return Err(not_loaded(domain, reason));
-    }
-    if Instant::now() > deadline {
-        let waited = LOAD_TIMEOUT.as_secs();
-        return Err(not_loaded(domain, format!("QEMU has not loaded its state within {waited} s")));
-    }
-    Ok(())
-}
-
-/// QEMU's reason for a failed load, if it failed.
-fn load_failure(domain: &Domain) -> Result<Option<String>> {
-    let (status, reason) = migration(domain)?;
-    Ok((status == "failed").then(|| reason.unwrap_or_else(|| "QEMU gives no reason".into())))
 }
 
 /// Status of the incoming load, and the error if there was one.
-fn migration(domain: &Domain) -> Result<(String, Option<String>)> {
+fn migration(domain: &Domain) -> hypervisor::Result<(String, Option<String>)> {
     let reply = domain.qmp_call("query-migrate", Value::Null)?;
     let text = |name| reply.get(name).and_then(Value::as_str).map(str::to_owned);
     Ok((text("status").unwrap_or_default(), text("error-desc")))
-}
-
-fn not_loaded(domain: &Domain, reason: String) -> StandbyError {
-    let log = PathBuf::from(format!("/var/log/libvirt/qemu/{}.log", domain.name()));
-    StandbyError::NotLoaded { guest: domain.name().to_owned(), reason, log }
 }
 
 fn micros(span: Duration) -> u64 {

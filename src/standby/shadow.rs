@@ -168,13 +168,12 @@ impl Shadow {
             Err(StandbyError::Hypervisor(error)) if error.is_disconnect() => Err(error.into()),
             Err(error) => {
                 tracing::warn!(uuid, %error, "the shadow recorded here cannot be used again");
-                Self::remove(hypervisor, uuid, run_dir)?;
-                Ok(Adopted::None)
+                Self::clear_away(hypervisor, uuid, run_dir).map(|()| Adopted::None)
             }
         }
     }
 
-    fn reopen(hypervisor: &Arc<Hypervisor>, record: Record, run_dir: &Path) -> Result<Self> {
+    pub(super) fn reopen(hypervisor: &Arc<Hypervisor>, record: Record, run_dir: &Path) -> Result<Self> {
         let not_waiting = |reason: String| StandbyError::NotWaiting { guest: record.name.clone(), reason };
         let domain = hypervisor.lookup_uuid(&record.uuid)?;
         if !record.process.is_alive() || domain.process()? != record.process {
@@ -252,11 +251,16 @@ impl Shadow {
             }
             Ok(_) => {}
         }
-        record::remove(run_dir, uuid).map_err(|source| StandbyError::Record {
-            guest: uuid.to_owned(),
-            path: record::directory(run_dir, uuid),
-            source,
-        })
+        remove_record(run_dir, uuid)
+    }
+
+    /// [`Shadow::remove`] for a shadow that cannot be used: if its place has been taken by something else, only the
+    /// record goes.
+    pub(super) fn clear_away(hypervisor: &Hypervisor, uuid: &str, run_dir: &Path) -> Result<()> {
+        match Self::remove(hypervisor, uuid, run_dir) {
+            Err(StandbyError::Occupied { .. }) => remove_record(run_dir, uuid),
+            outcome => outcome,
+        }
     }
 
     pub(super) fn write_record(&self) -> Result<()> {
@@ -266,6 +270,14 @@ impl Shadow {
             source,
         })
     }
+}
+
+fn remove_record(run_dir: &Path, uuid: &str) -> Result<()> {
+    record::remove(run_dir, uuid).map_err(|source| StandbyError::Record {
+        guest: uuid.to_owned(),
+        path: record::directory(run_dir, uuid),
+        source,
+    })
 }
 
 /// Definition of a guest that may become a shadow here, and is the one it is said to be.
