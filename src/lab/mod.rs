@@ -18,6 +18,7 @@
 pub mod cli;
 pub mod client;
 mod error;
+pub mod fleet;
 mod guest;
 mod host;
 mod image;

@@ -1,0 +1,166 @@
+//! The product running in a lab, through its REST API: what the demo, the benchmarks and the tests have in common.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Lab, MANAGER};
+use crate::api::client::Client;
+use crate::api::types::{
+    EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest, ShadowState,
+    VerifyReport,
+};
+
+/// Longest wait for one answer: a switchover waits for a slow shadow.
+const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    #[error("{asked}: {reason}")]
+    Answer { asked: String, reason: String },
+    #[error("{what} not reached within {} s: {last}", .within.as_secs())]
+    TooLate { what: String, within: Duration, last: String },
+}
+
+pub type Result<T> = std::result::Result<T, FleetError>;
+
+/// The fleet of one lab, asked through one daemon's socket.
+pub struct Fleet {
+    socket: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Fleet {
+    /// Asks the manager itself.
+    pub fn of(lab: &Lab) -> std::io::Result<Self> {
+        Self::through(lab, MANAGER)
+    }
+
+    /// Asks by way of a host's own daemon, as its operator would.
+    pub fn through(lab: &Lab, node: &str) -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { socket: lab.daemon_socket(node), runtime })
+    }
+
+    fn ask<T: DeserializeOwned>(&self, method: &str, path: &str, body: Option<&impl Serialize>) -> Result<T> {
+        let failed = |reason: String| FleetError::Answer { asked: format!("{method} {path}"), reason };
+        let client = Client::new(&self.socket).with_timeout(ANSWER_WITHIN);
+        let answer = self.runtime.block_on(async {
+            match (method, body) {
+                ("POST", Some(body)) => client.post(path, body).await,
+                ("DELETE", _) => client.delete(path).await,
+                _ => client.get(path).await,
+            }
+        });
+        answer.map_err(|error| failed(error.to_string()))
+    }
+
+    pub fn enable(&self, domain: &str, host: &str, shadows: u32, interval: Duration) -> Result<GuestView> {
+        let request = EnableRequest {
+            domain: domain.into(),
+            shadows,
+            interval_ms: interval.as_millis() as u64,
+            on: Vec::new(),
+            host: Some(host.into()),
+        };
+        self.ask("POST", "/v1/guests", Some(&request))
+    }
+
+    pub fn disable(&self, domain: &str) -> Result<serde_json::Value> {
+        self.ask("DELETE", &format!("/v1/guests/{domain}"), None::<&()>)
+    }
+
+    pub fn info(&self, domain: &str) -> Result<GuestView> {
+        self.ask("GET", &format!("/v1/guests/{domain}"), None::<&()>)
+    }
+
+    pub fn hosts(&self) -> Result<Vec<HostView>> {
+        self.ask("GET", "/v1/hosts", None::<&()>)
+    }
+
+    pub fn events(&self) -> Result<Vec<EventView>> {
+        self.ask("GET", "/v1/events?limit=1000", None::<&()>)
+    }
+
+    pub fn verify(&self, domain: &str) -> Result<VerifyReport> {
+        self.ask("POST", &format!("/v1/guests/{domain}/verify"), Some(&serde_json::json!({})))
+    }
+
+    pub fn switchover(&self, domain: &str, to: Option<&str>) -> Result<MoveReport> {
+        let request = MoveRequest { to: to.map(Into::into), force: false };
+        self.ask("POST", &format!("/v1/guests/{domain}/switchover"), Some(&request))
+    }
+
+    pub fn promote(&self, domain: &str, to: Option<&str>, force: bool) -> Result<MoveReport> {
+        let request = MoveRequest { to: to.map(Into::into), force };
+        self.ask("POST", &format!("/v1/guests/{domain}/promote"), Some(&request))
+    }
+
+    /// Waits until `reached` is true of the guest.
+    pub fn wait(
+        &self,
+        domain: &str,
+        what: &str,
+        within: Duration,
+        reached: impl Fn(&GuestView) -> bool,
+    ) -> Result<GuestView> {
+        let began = Instant::now();
+        loop {
+            let last = match self.info(domain) {
+                Ok(view) if reached(&view) => return Ok(view),
+                Ok(view) => describe(&view),
+                Err(error) => error.to_string(),
+            };
+            if began.elapsed() > within {
+                return Err(FleetError::TooLate { what: format!("{domain}: {what}"), within, last });
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// Waits until all wanted shadows have a committed epoch and follow.
+    pub fn wait_protected(&self, domain: &str, within: Duration) -> Result<GuestView> {
+        self.wait(domain, "protection by all shadows", within, |view| {
+            let following =
+                view.shadows.iter().filter(|s| s.state == ShadowState::Following && s.committed_epoch > 0).count();
+            view.state == GuestState::Protected && following as u32 == view.shadows_wanted
+        })
+    }
+
+    /// Waits until that many hosts are up.
+    pub fn wait_hosts(&self, up: usize, within: Duration) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let last = match self.hosts() {
+                Ok(hosts) if hosts.iter().filter(|h| h.state == HostState::Up).count() >= up => return Ok(()),
+                Ok(hosts) => format!("{hosts:?}"),
+                Err(error) => error.to_string(),
+            };
+            if began.elapsed() > within {
+                return Err(FleetError::TooLate { what: format!("{up} hosts up"), within, last });
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+}
+
+/// A guest's view in one line, for messages.
+pub fn describe(view: &GuestView) -> String {
+    let shadows: Vec<String> = view
+        .shadows
+        .iter()
+        .map(|s| format!("{} {:?} epoch {} lag {} ms {}", s.host, s.state, s.committed_epoch, s.lag_ms, s.reason))
+        .collect();
+    format!(
+        "{:?} ({}), primary {}, term {}, epoch {}, shadows [{}]",
+        view.state,
+        view.reason,
+        view.primary.host,
+        view.term,
+        view.capture.epoch,
+        shadows.join("; ")
+    )
+}
