@@ -47,6 +47,7 @@ install: build docs
 	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/virt-shadow $(BIN)/virt-shadow-lab
 	install -Dm755 -t $(DESTDIR)$(PREFIX)/sbin $(BIN)/virtshadowd
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/docs/man/*.1
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 target/docs/man/*.8
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/docs/completions/virt-shadow
 	install -Dm755 src/integrations/libvirt/virt-shadow-hook $(DESTDIR)/etc/libvirt/hooks/qemu.d/virt-shadow
 	install -Dm644 src/integrations/systemd/virtshadowd.service $(DESTDIR)/lib/systemd/system/virtshadowd.service

@@ -1,1 +1,5 @@
-fn main() {}
+//! `virt-shadow`: see [`virt_shadow::cli`].
+
+fn main() -> std::process::ExitCode {
+    virt_shadow::cli::main()
+}

@@ -1,6 +1,5 @@
 //! `virtshadowd`: the daemon on every host, with the agent role, and on one of them (or apart) the manager role.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -8,27 +7,16 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use virt_shadow::api::server::{self, Backend};
-use virt_shadow::config::{Config, DEFAULT_CONFIG_PATH};
+use virt_shadow::cli::args::Daemon;
+use virt_shadow::config::Config;
 use virt_shadow::manager::{Manager, Options};
-
-/// Keeps shadows of this host's guests on other hosts, and shadows of other hosts' guests here.
-#[derive(Parser)]
-#[command(name = "virtshadowd", version)]
-struct Arguments {
-    /// Configuration file
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG_PATH)]
-    config: PathBuf,
-    /// What to log: error, warn, info, debug, trace, or per module (virt_shadow::manager=debug)
-    #[arg(long, value_name = "LEVEL", env = "VIRT_SHADOW_LOG", default_value = "info")]
-    log: String,
-}
 
 fn main() -> ExitCode {
     // The agent starts this program again as its guard; see `capture::guard`. Before anything makes a thread.
     if std::env::args_os().nth(1).is_some_and(|word| word == "guard") {
         virt_shadow::capture::guard::main();
     }
-    let arguments = Arguments::parse();
+    let arguments = Daemon::parse();
     match start(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -38,7 +26,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: &Arguments) -> anyhow::Result<()> {
+fn start(arguments: &Daemon) -> anyhow::Result<()> {
     let filter =
         tracing_subscriber::EnvFilter::try_new(&arguments.log).with_context(|| format!("--log {}", arguments.log))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();

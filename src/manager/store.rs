@@ -8,7 +8,7 @@
 //! enforces, what [`placement::guardian`] promises: a term is given to one host.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use placement::guardian::{
     Failover, FailoverStep, GuestPlan, HostIntro, Level, Note, Phase, Save, Switchover, SwitchoverStep,
@@ -19,6 +19,8 @@ use crate::api::types::EventView;
 
 /// Grows with every change of the tables.
 const SCHEMA_VERSION: i64 = 1;
+/// How long a manager that is just ending may hold the file, milliseconds.
+const BUSY_TIMEOUT_MS: u32 = 2_000;
 /// Events kept.
 const MAX_EVENTS: i64 = 10_000;
 /// The oldest are removed once in so many.
@@ -75,7 +77,8 @@ impl Store {
         }
         let sqlite = |source| StoreError::Sqlite { path: path.into(), source };
         let db = Connection::open(path).map_err(sqlite)?;
-        db.busy_timeout(Duration::from_secs(2)).map_err(sqlite)?;
+        // As a pragma: the method of that name needs a newer SQLite than Debian 12 has.
+        db.pragma_update(None, "busy_timeout", BUSY_TIMEOUT_MS).map_err(sqlite)?;
         // Before WAL, so that its index lives in memory and the lock is held from here on.
         db.pragma_update(None, "locking_mode", "EXCLUSIVE").map_err(sqlite)?;
         db.pragma_update(None, "journal_mode", "WAL").map_err(sqlite)?;

@@ -1,0 +1,231 @@
+//! Commands and options of `virt-shadow` and `virtshadowd`: what is parsed, completed and printed in the man pages.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::api::types::DEFAULT_INTERVAL_MS;
+use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
+
+/// Keeps shadows of running guests on other hosts, ready to go on when their host is lost.
+#[derive(Debug, Parser)]
+#[command(name = "virt-shadow", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// Socket of the virtshadowd to talk to
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "SOCKET",
+        env = "VIRT_SHADOW_SOCKET",
+        default_value = DEFAULT_SOCKET_PATH,
+        hide_env_values = true
+    )]
+    pub connect: PathBuf,
+    /// Print no headings and no messages, only what was asked for
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// How to print results
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "table")]
+    pub format: Format,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  virt-shadow enable web                 shadow the running domain web to a host in another rack
+  virt-shadow enable web --shadows 2 --wait 60
+  virt-shadow list
+  virt-shadow watch web
+  virt-shadow switchover web             move it now, losing nothing
+  virt-shadow doctor                     what this host can be, and what it lacks
+
+Domains are named by name or UUID. Exit status: 0, or 1 with the error on standard error.";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Protect a running domain, without restarting it; repeated, change how
+    Enable(Enable),
+    /// Stop protecting a domain; it runs on
+    Disable(Domain),
+    /// List protected domains
+    List {
+        /// Print names only
+        #[arg(long)]
+        name: bool,
+    },
+    /// Show all that is known of a protected domain
+    Info(Domain),
+    /// Follow domains in the terminal: lag, pauses, dirty pages, traffic; elsewhere print a line per shadow
+    Watch {
+        /// Domain to follow; all protected ones if not given
+        domain: Option<String>,
+        /// Seconds between two looks
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+        interval: f64,
+        /// End after so many looks
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// Make a shadow the primary because the primary is gone; loses what was not committed
+    Promote {
+        #[command(flatten)]
+        domain: Domain,
+        /// Host whose shadow takes over; the one with the newest commit if not given
+        #[arg(long, value_name = "HOST")]
+        to: Option<String>,
+        /// Even if the primary still answers: it is stopped first
+        #[arg(long)]
+        force: bool,
+    },
+    /// Move a domain to one of its shadows, losing nothing
+    Switchover {
+        #[command(flatten)]
+        domain: Domain,
+        /// Host whose shadow takes over; the one with the newest commit if not given
+        #[arg(long, value_name = "HOST")]
+        to: Option<String>,
+    },
+    /// Compare all memory and the device state of a domain with its shadows
+    Verify(Domain),
+    /// List hosts
+    Hosts {
+        /// Print names only
+        #[arg(long)]
+        name: bool,
+    },
+    /// Show what happened
+    Events {
+        /// Go on printing events as they happen
+        #[arg(short, long)]
+        follow: bool,
+        /// Only events with a higher number
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        since: u64,
+        /// Only events of this domain
+        #[arg(long, value_name = "DOMAIN")]
+        domain: Option<String>,
+    },
+    /// Check whether this host can be primary or standby, and what is missing
+    Doctor,
+    /// Show the versions of this program and of the daemon
+    Version,
+    /// Print a completion script
+    Completion {
+        #[arg(value_name = "SHELL", default_value = "bash")]
+        shell: Shell,
+    },
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man { directory: PathBuf },
+    /// What libvirt calls for every domain (/etc/libvirt/hooks/qemu); the definition on standard input
+    #[command(hide = true)]
+    Hook {
+        name: String,
+        operation: String,
+        suboperation: Option<String>,
+        extra: Option<String>,
+        /// Where the daemon keeps its records
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/virt-shadow", env = "VIRT_SHADOW_STATE_DIR")]
+        state_dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Domain {
+    /// Name or UUID of a domain
+    pub domain: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Enable {
+    /// Name or UUID of a running domain
+    pub domain: String,
+    /// How many shadows, each in a rack of its own; default: one, or one per --on
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub shadows: Option<u32>,
+    /// Milliseconds between two cuts
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_INTERVAL_MS,
+          value_parser = clap::value_parser!(u64).range(5..=60_000))]
+    pub interval: u64,
+    /// Host that must keep a shadow; may be repeated. The rest is chosen
+    #[arg(long, value_name = "HOST")]
+    pub on: Vec<String>,
+    /// Wait until the domain is protected, at most so long
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub wait: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+/// Keeps shadows of this host's guests on other hosts, and shadows of other hosts' guests here.
+#[derive(Debug, Parser)]
+#[command(name = "virtshadowd", version, max_term_width = 100)]
+pub struct Daemon {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG_PATH)]
+    pub config: PathBuf,
+    /// What to log: error, warn, info, debug or trace, also per module (virt_shadow::manager=debug)
+    #[arg(long, value_name = "LEVEL", env = "VIRT_SHADOW_LOG", default_value = "info")]
+    pub log: String,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.05..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be a number of seconds from 0.05 to 86400".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+        Daemon::command().debug_assert();
+    }
+
+    #[test]
+    fn arguments_that_cannot_be_meant_are_refused() {
+        for line in [
+            "virt-shadow",
+            "virt-shadow enable",
+            "virt-shadow enable web --shadows 0",
+            "virt-shadow enable web --shadows 9",
+            "virt-shadow enable web --interval 4",
+            "virt-shadow enable web --wait soon",
+            "virt-shadow watch --interval 0",
+            "virt-shadow list web",
+            "virt-shadow frobnicate",
+            "virt-shadow list --format yaml",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn global_options_go_before_and_after_the_command() {
+        for line in ["virt-shadow -c /s -q --format json list", "virt-shadow list -q --format json --connect /s"] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert!(cli.quiet && cli.format == Format::Json && cli.connect == PathBuf::from("/s"), "{line}");
+        }
+        let cli = Cli::try_parse_from("virt-shadow enable web --on b --on c".split(' ')).unwrap();
+        assert!(matches!(cli.command, Command::Enable(enable) if enable.on == ["b", "c"] && enable.shadows.is_none()));
+    }
+}

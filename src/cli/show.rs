@@ -1,0 +1,286 @@
+//! Views of the REST API as text for people.
+
+use crate::api::types::{
+    DoctorReport, EventView, GuestState, GuestView, HostState, HostView, MoveReport, ShadowState, VerifyReport,
+};
+
+use super::table::{Table, bytes, fields, ms, plain, timestamp};
+
+pub fn guest_state(state: GuestState) -> &'static str {
+    match state {
+        GuestState::Syncing => "syncing",
+        GuestState::Protected => "protected",
+        GuestState::Degraded => "degraded",
+        GuestState::Unprotected => "unprotected",
+        GuestState::FailingOver => "failing over",
+        GuestState::SwitchingOver => "switching over",
+        GuestState::Stopped => "stopped",
+        GuestState::Lost => "lost",
+    }
+}
+
+pub fn shadow_state(state: ShadowState) -> &'static str {
+    match state {
+        ShadowState::Disconnected => "disconnected",
+        ShadowState::Syncing => "syncing",
+        ShadowState::Following => "following",
+        ShadowState::Refused => "refused",
+    }
+}
+
+fn host_state(state: HostState) -> &'static str {
+    match state {
+        HostState::Up => "up",
+        HostState::AgentSilent => "agent silent",
+        HostState::Suspect => "suspect",
+        HostState::Down => "down",
+    }
+}
+
+pub fn guests(guests: &[GuestView], quiet: bool) -> String {
+    let mut table = Table::new(&["Domain", "State", "Primary", "Shadows", "Lag", "Pause p99", "Term"]);
+    for guest in guests {
+        let shadows: Vec<_> = guest
+            .shadows
+            .iter()
+            .map(|shadow| match shadow.state {
+                ShadowState::Following => shadow.host.clone(),
+                state => format!("{} ({})", shadow.host, shadow_state(state)),
+            })
+            .collect();
+        let lag = guest.shadows.iter().filter(|shadow| shadow.committed_epoch > 0).map(|shadow| shadow.lag_ms).min();
+        table.row([
+            guest.domain.clone(),
+            guest_state(guest.state).into(),
+            guest.primary.host.clone(),
+            shadows.join(", "),
+            lag.map_or("-".into(), |lag| format!("{lag} ms")),
+            if guest.capture.epochs_total > 0 { ms(guest.capture.pause_us.p99) } else { "-".into() },
+            guest.term.to_string(),
+        ]);
+    }
+    table.render(quiet)
+}
+
+pub fn guest(guest: &GuestView, quiet: bool) -> String {
+    let capture = &guest.capture;
+    let mut lines = vec![
+        ("Name", guest.domain.clone()),
+        ("UUID", guest.uuid.clone()),
+        ("State", guest_state(guest.state).to_owned()),
+    ];
+    if !guest.reason.is_empty() {
+        lines.push(("Reason", guest.reason.clone()));
+    }
+    lines.extend([
+        ("Primary", format!("{} ({})", guest.primary.host, guest.primary.rack)),
+        ("Term", guest.term.to_string()),
+        ("Memory", bytes(guest.memory_bytes)),
+        ("Shadows", format!("{} of {} wanted", guest.shadows.len(), guest.shadows_wanted)),
+        ("Interval", format!("{} ms", guest.interval_ms)),
+        ("Epoch", format!("{} ({} cut)", capture.epoch, capture.epochs_total)),
+        ("Pause", {
+            let pause = capture.pause_us;
+            format!("p50 {}, p99 {}, max {}", ms(pause.p50), ms(pause.p99), ms(pause.max))
+        }),
+        ("Dirty pages", format!("{} last, {:.0} mean", capture.dirty_pages.last, capture.dirty_pages.mean)),
+        ("Pages", format!("{} raw, {} sent", bytes(capture.raw_bytes_total), bytes(capture.wire_bytes_total))),
+        (
+            "Tracker",
+            match (capture.tracker.as_str(), capture.tracker_reason.as_str()) {
+                ("", _) => "-".into(),
+                (tracker, "") => tracker.into(),
+                (tracker, reason) => format!("{tracker} ({reason})"),
+            },
+        ),
+    ]);
+    if capture.watchdog_fired_total > 0 {
+        lines.push(("Watchdog", format!("ended {} cuts", capture.watchdog_fired_total)));
+    }
+    let mut text = fields(&lines);
+    if !guest.shadows.is_empty() {
+        text.push('\n');
+        text.push_str(&shadows(guest, quiet));
+    }
+    text
+}
+
+pub fn shadows(guest: &GuestView, quiet: bool) -> String {
+    let mut table = Table::new(&["Shadow", "Rack", "Tier", "State", "Epoch", "Lag", "Rate", "Pending", "Reason"]);
+    for shadow in &guest.shadows {
+        table.row([
+            shadow.host.clone(),
+            shadow.rack.clone(),
+            shadow.tier.clone(),
+            shadow_state(shadow.state).into(),
+            shadow.committed_epoch.to_string(),
+            if shadow.committed_epoch > 0 { format!("{} ms", shadow.lag_ms) } else { "-".into() },
+            format!("{}/s", bytes(shadow.wire_bytes_per_s)),
+            shadow.pending_pages.to_string(),
+            shadow.reason.clone(),
+        ]);
+    }
+    table.render(quiet)
+}
+
+pub fn hosts(hosts: &[HostView], quiet: bool) -> String {
+    let headings = ["Host", "Rack", "State", "Primaries", "Shadows", "Memory free", "Tracker", "Address", "Version"];
+    let mut table = Table::new(&headings);
+    for host in hosts {
+        let state = match host.state {
+            HostState::Up => host_state(host.state).to_owned(),
+            state => format!("{} ({})", host_state(state), host.reason),
+        };
+        let mib = |mib: u64| bytes(mib.saturating_mul(1 << 20));
+        table.row([
+            host.host.clone(),
+            host.rack.clone(),
+            state,
+            host.primaries.to_string(),
+            host.shadows.to_string(),
+            format!("{} of {}", mib(host.memory_free_mib), mib(host.memory_total_mib)),
+            host.tracker.clone(),
+            host.sync_addr.clone(),
+            host.version.clone(),
+        ]);
+    }
+    table.render(quiet)
+}
+
+pub fn event(event: &EventView) -> String {
+    let level = match event.level.as_str() {
+        "info" => String::new(),
+        level => format!("{}: ", level.to_uppercase()),
+    };
+    let whom = match (&event.domain, &event.host) {
+        (Some(domain), _) => format!(" {domain}:"),
+        (None, Some(host)) => format!(" {host}:"),
+        (None, None) => String::new(),
+    };
+    plain(&format!("{}: {level}{}{whom} {}", timestamp(event.time_ms), event.kind, event.message))
+}
+
+pub fn moved(report: &MoveReport) -> String {
+    let pause = report.pause_ms.map_or(String::new(), |pause| format!(", stood still {pause:.1} ms"));
+    let lost = match report.epochs_lost {
+        0 => "nothing lost".to_owned(),
+        1 => "1 epoch lost".to_owned(),
+        lost => format!("{lost} epochs lost"),
+    };
+    format!(
+        "Domain '{}' runs on {} instead of {}: epoch {}, term {}, {lost}, {:.1} ms{pause}\n",
+        report.domain, report.to, report.from, report.epoch, report.term, report.took_ms
+    )
+}
+
+pub fn verified(report: &VerifyReport, quiet: bool) -> String {
+    let mut table = Table::new(&["Shadow", "Equal", "Pages compared", "Difference"]);
+    for shadow in &report.shadows {
+        table.row([
+            shadow.host.clone(),
+            if shadow.equal { "yes" } else { "no" }.into(),
+            shadow.pages_compared.to_string(),
+            shadow.difference.clone(),
+        ]);
+    }
+    table.render(quiet)
+}
+
+pub fn doctor(report: &DoctorReport, quiet: bool) -> String {
+    let can = |can: bool| if can { "yes" } else { "no" }.to_owned();
+    let mut text = fields(&[
+        ("Host", report.host.clone()),
+        ("Primary", can(report.primary)),
+        ("Standby", can(report.standby)),
+        ("Tracker", report.tracker.clone()),
+    ]);
+    let mut table = Table::new(&["Check", "Status", "Found"]);
+    for check in &report.checks {
+        table.row([check.name.clone(), check.status.clone(), check.found.clone()]);
+    }
+    text.push('\n');
+    text.push_str(&table.render(quiet));
+    let remedies = report.checks.iter().filter(|check| !check.remedy.is_empty());
+    let remedies: String =
+        remedies.map(|check| format!(" {}: {}\n", plain(&check.name), plain(&check.remedy))).collect();
+    if !remedies.is_empty() {
+        text.push_str(&format!("\nWhat to do:\n{remedies}"));
+    }
+    text
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::api::types::{CaptureStats, HostRef, ShadowView};
+
+    pub(in crate::cli) fn example() -> GuestView {
+        GuestView {
+            domain: "web".into(),
+            uuid: "0d8f9bd2-0000-4000-8000-000000000001".into(),
+            term: 3,
+            state: GuestState::Degraded,
+            reason: "host3: no memory".into(),
+            primary: HostRef { host: "host1".into(), rack: "rack1".into() },
+            shadows_wanted: 2,
+            interval_ms: 50,
+            memory_bytes: 1 << 30,
+            capture: CaptureStats {
+                epoch: 77,
+                epochs_total: 76,
+                tracker: "userfaultfd".into(),
+                ..CaptureStats::default()
+            },
+            shadows: vec![ShadowView {
+                host: "host2".into(),
+                rack: "rack2".into(),
+                tier: "hot".into(),
+                state: ShadowState::Following,
+                reason: String::new(),
+                committed_epoch: 76,
+                lag_ms: 52,
+                wire_bytes_per_s: 2_500_000,
+                pending_pages: 0,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_list_of_guests() {
+        assert_eq!(
+            guests(&[example()], false),
+            " Domain   State      Primary   Shadows   Lag     Pause p99   Term
+------------------------------------------------------------------
+ web      degraded   host1     host2     52 ms   0.0 ms      3
+"
+        );
+    }
+
+    #[test]
+    fn one_guest_in_full() {
+        let text = guest(&example(), false);
+        for line in [
+            "Name:        web",
+            "Reason:      host3: no memory",
+            "Shadows:     1 of 2 wanted",
+            "Tracker:     userfaultfd",
+            " host2    rack2   hot    following   76      52 ms   2.4 MiB/s   0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn an_event_on_one_line() {
+        let view = EventView {
+            seq: 1,
+            time_ms: 0,
+            level: "alarm".into(),
+            kind: "guest-lost".into(),
+            domain: Some("web".into()),
+            host: None,
+            message: "two\nlines".into(),
+        };
+        assert_eq!(event(&view), "1970-01-01 00:00:00.000+0000: ALARM: guest-lost web: two lines");
+    }
+}
