@@ -73,6 +73,20 @@ fn a_guest_serves_dies_with_its_host_and_is_defined_when_the_host_is_back() {
     assert!(matches!(lab.guest(&guest, true), Err(LabError::Invalid { .. })), "the same guest twice");
     lab.exec("host1", &["sh", "-c", "echo kept >/var/lib/virt-shadow/kept; echo lost >/run/lost"]).unwrap();
 
+    let watch = lab.watch(started.ip, Duration::from_millis(5)).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let seen = watch.report();
+    assert!(seen.answers > 10 && seen.boots.len() == 1 && seen.went_back == 0 && seen.guest_errors == 0, "{seen:?}");
+    // What the watch sees of a guest that stands still for a while, and that its connection is kept.
+    let begin = Instant::now();
+    lab.virsh("host1", &["suspend", "g1"]).unwrap();
+    std::thread::sleep(Duration::from_millis(400));
+    let resumed = Instant::now();
+    lab.virsh("host1", &["resume", "g1"]).unwrap();
+    watch.wait_answer_after(resumed, Duration::from_secs(5)).expect("an answer after the resume");
+    let silence = watch.longest_silence(begin, Instant::now());
+    assert!((300..2000).contains(&silence.as_millis()), "{silence:?}");
+
     // The client's connection gets neither an answer nor an end: no packet leaves a host without power.
     client.set_timeout(Some(Duration::from_millis(300))).unwrap();
     let cut = lab.power_cut("host1").unwrap();
@@ -90,6 +104,10 @@ fn a_guest_serves_dies_with_its_host_and_is_defined_when_the_host_is_back() {
     assert!(!output.status.success(), "/run of a host must not survive its power");
     lab.virsh("host1", &["start", "g1"]).unwrap();
     assert_ne!(lab.wait_guest("g1").unwrap().boot, first.boot);
+    watch.wait_answer_after(Instant::now(), Duration::from_secs(5)).expect("an answer of the guest started again");
+    let seen = watch.report();
+    assert!(seen.boots.len() == 2 && seen.reconnects >= 1 && seen.longest_silence_ms > 1000.0, "{seen:?}");
+    println!("{seen:?}");
 
     let (name, before) = (lab.name().to_owned(), processes(lab.name()));
     assert!(before.len() >= 7, "3 first processes, 3 libvirtd, 1 manager and a guest: {before:?}");

@@ -41,7 +41,7 @@ pub struct GuestReply {
 }
 
 impl GuestReply {
-    fn parse(line: &str) -> Option<Self> {
+    pub(super) fn parse(line: &str) -> Option<Self> {
         let (number, rest) = line.trim().split_once(' ')?;
         let fields: BTreeMap<_, _> = rest.split(' ').filter_map(|f| f.split_once('=')).collect();
         let value = |name: &str| fields.get(name)?.parse().ok();

@@ -28,6 +28,7 @@ mod process;
 mod raise;
 mod state;
 mod status;
+mod watch;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -42,12 +43,15 @@ pub use guest::{Backing, GuestOptions, Machine, StartedGuest, Workload};
 pub use process::ProcessRef;
 pub use state::{CLIENT, GuestState, LabState, MANAGER, QemuUser};
 pub use status::{LabStatus, NodeReport, Power};
+pub use watch::{ClientWatch, WatchReport};
 
 use host::Programs;
 use namespace::{FABRIC, UPLINK};
 use state::LabLock;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(200);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Of a guest that boots: TCP itself would try again only after a second.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
 const CONNECT_POLL: Duration = Duration::from_millis(20);
 /// How long a guest may take until its workload answers. Under TCG on a busy machine a boot of 4 s can take 30.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(120);
@@ -181,9 +185,10 @@ impl Lab {
         let guest = self.guest_state(name)?;
         let begin = Instant::now();
         loop {
-            let reply = self.guest_client(guest.ip).and_then(|mut client| {
+            let reply = self.connect_within(guest.ip, GUEST_PORT, PROBE_TIMEOUT).and_then(|stream| {
+                let mut client = GuestClient::new(stream);
                 client
-                    .set_timeout(Some(CONNECT_TIMEOUT * 5))
+                    .set_timeout(Some(CONNECT_TIMEOUT))
                     .and_then(|()| client.status())
                     .map_err(LabError::system("ask the guest"))
             });
@@ -229,7 +234,16 @@ impl Lab {
 
     /// A TCP connection from the client's place in the network.
     pub fn connect_from_client(&self, ip: Ipv4Addr, port: u16) -> Result<std::net::TcpStream> {
-        client::connect_in(&namespace::netns_path(&self.name, CLIENT), ip, port, CONNECT_TIMEOUT)
+        self.connect_within(ip, port, CONNECT_TIMEOUT)
+    }
+
+    fn connect_within(&self, ip: Ipv4Addr, port: u16, timeout: Duration) -> Result<std::net::TcpStream> {
+        client::connect_in(&namespace::netns_path(&self.name, CLIENT), ip, port, timeout)
+    }
+
+    /// A client that asks the workload at `ip` every `interval` and measures what it sees.
+    pub fn watch(&self, ip: Ipv4Addr, interval: Duration) -> Result<ClientWatch> {
+        ClientWatch::start(namespace::netns_path(&self.name, CLIENT), ip, interval)
     }
 
     /// Ends a host (or the manager) as a power failure does; returns the moment. All of it is gone on return.
