@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +22,10 @@ const CONTROL_PORT: u16 = 7711;
 /// How long the first process and then libvirtd may take; a busy machine with many hosts is slow.
 const INIT_TIMEOUT: Duration = Duration::from_secs(20);
 const LIBVIRT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a virtshadowd is waited for, and how often it may end meanwhile, before the lab goes on without.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
+const DAEMON_STARTS_MAX: u64 = 3;
+const DAEMON: &str = "virtshadowd";
 const POLL: Duration = Duration::from_millis(5);
 /// Directories that a host keeps across a power cut, and where they appear on it.
 const HOST_DIRS: [(&str, &str); 6] = [
@@ -109,7 +114,7 @@ pub fn prepare(state: &LabState, node: &NodeState, programs: &Programs) -> Resul
     write_config(node, &dir)?;
     if let (true, Some(daemon)) = (state.daemons, &programs.daemon) {
         let daemon = daemon.display().to_string();
-        services.push(service("virtshadowd", &[&daemon, "--config", DEFAULT_CONFIG_PATH]));
+        services.push(service(DAEMON, &[&daemon, "--config", DEFAULT_CONFIG_PATH]));
     }
     let spec = InitSpec { hostname: node.name.clone(), binds, services };
     let path = spec_path(&state.name, &node.name);
@@ -276,6 +281,23 @@ pub fn wait_libvirt(lab: &str, host: &str) -> Result<()> {
             }
             Err(_) => std::thread::sleep(POLL * 4),
         }
+    }
+}
+
+/// Waits until the node's virtshadowd, if it is to run one, can be connected to. `false`: it does not start, or not
+/// soon; the lab is useful without it, and its first process tries again for ever.
+pub fn wait_daemon(lab: &str, node: &NodeState) -> bool {
+    let begin = Instant::now();
+    loop {
+        let service = node.init.and_then(status).and_then(|s| s.services.get(DAEMON).cloned());
+        let Some(service) = service else { return true };
+        if UnixStream::connect(daemon_socket(lab, &node.name)).is_ok() {
+            return true;
+        }
+        if service.restarts >= DAEMON_STARTS_MAX || begin.elapsed() > DAEMON_TIMEOUT {
+            return false;
+        }
+        std::thread::sleep(POLL);
     }
 }
 

@@ -376,10 +376,13 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if self.owned
-            && let Err(error) = raise::down(&self.name, false)
-        {
-            eprintln!("lab {}: cannot be removed: {error}", self.name);
+        if !self.owned {
+            return;
+        }
+        match raise::down(&self.name, false) {
+            // Taken down by hand meanwhile.
+            Ok(_) | Err(LabError::NotUp { .. }) => {}
+            Err(error) => eprintln!("lab {}: cannot be removed: {error}", self.name),
         }
     }
 }

@@ -148,11 +148,14 @@ fn raise(lock: &LabLock, state: &mut LabState, options: &LabOptions, programs: &
     go_on()?;
     say(options, &format!("{} hosts and the manager are started", state.hosts().count()));
 
-    let answered = each(state, |node| match node.role {
-        Role::Host => host::wait_libvirt(&state.name, &node.name),
-        Role::Manager => Ok(()),
-    });
-    answered.into_iter().collect::<Result<()>>()?;
+    let answered = each(state, |node| wait_services(state, node));
+    let running = answered.into_iter().collect::<Result<Vec<_>>>()?;
+    for (node, _) in state.nodes.iter().zip(running).filter(|(_, running)| !running) {
+        say(
+            options,
+            &format!("virtshadowd of {} does not start; see {}", node.name, daemon_log(state, node).display()),
+        );
+    }
     go_on()?;
     host::keep_capabilities(state, "host1")?;
     state.complete = true;
@@ -169,7 +172,20 @@ fn each<T: Send>(state: &LabState, work: impl Fn(&NodeState) -> Result<T> + Sync
     })
 }
 
-/// Starts a node and waits for its libvirtd.
+/// Waits for a node's libvirtd, without which it is no host, and for its virtshadowd, whose failure it only tells.
+fn wait_services(state: &LabState, node: &NodeState) -> Result<bool> {
+    if node.role == Role::Host {
+        host::wait_libvirt(&state.name, &node.name)?;
+    }
+    Ok(host::wait_daemon(&state.name, node))
+}
+
+fn daemon_log(state: &LabState, node: &NodeState) -> PathBuf {
+    state::node_var_dir(&state.name, &node.name).join("log/virtshadowd.log")
+}
+
+/// Starts a node and waits for its services. A virtshadowd that does not start is seen in the status only: a test may
+/// have made it so.
 pub fn power_on(lock: &LabLock, state: &mut LabState, node: &str, programs: &Programs) -> Result<()> {
     let started = host::power_on(&state.name, state.node(node)?, programs);
     if started.is_err() {
@@ -177,10 +193,7 @@ pub fn power_on(lock: &LabLock, state: &mut LabState, node: &str, programs: &Pro
     }
     state.node_mut(node)?.init = Some(started?);
     lock.save(state)?;
-    match state.node(node)?.role {
-        Role::Host => host::wait_libvirt(&state.name, node),
-        Role::Manager => Ok(()),
-    }
+    wait_services(state, state.node(node)?).map(drop)
 }
 
 pub fn down(lab: &str, keep_logs: bool) -> Result<Option<PathBuf>> {

@@ -1,8 +1,9 @@
 //! A client that never stops asking: what a guest's user sees of a failover, to the millisecond.
 //!
 //! It asks on one connection, a number every few milliseconds. When no answer comes for a while it opens more
-//! connections beside it, one after the other, and goes on with whichever is answered first: the old one, if the
-//! guest's TCP state survived, or a new one. So the silence it sees is the guest's, not that of a timer of TCP.
+//! connections beside it, one after the other, and goes on with whichever is answered first. So the silence it sees is
+//! the guest's, not that of a timer of TCP. The old connection is kept beside the new one for as long as it may come
+//! back, and is gone back to when it does: lost is only a connection that failed.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -25,8 +26,9 @@ use super::namespace;
 /// No answer for so long: open another connection, and again every [`ATTEMPT_EVERY`].
 const STALLED: Duration = Duration::from_millis(30);
 const ATTEMPT_EVERY: Duration = Duration::from_millis(10);
-/// Unanswered connections are given up after this.
+/// Unanswered connections are given up after this; the old one later, whose TCP waits longer with each retransmission.
 const ATTEMPT_AGE_MAX: Duration = Duration::from_secs(2);
+const KEPT_AGE_MAX: Duration = Duration::from_secs(15);
 const CONNECTIONS_MAX: usize = 256;
 /// Answers remembered one by one: two hours at 200 a second. Later ones are only counted.
 const ANSWERS_MAX: usize = 1_500_000;
@@ -37,8 +39,8 @@ const REPLY_LEN_MAX: usize = 512;
 pub struct WatchReport {
     pub requests: u64,
     pub answers: u64,
-    /// Times that the client went on with another connection than before.
-    pub reconnects: u64,
+    /// Connections that had been answered, and then ended or were silent for 15 s.
+    pub connections_lost: u64,
     /// The longest time between two answers, milliseconds.
     pub longest_silence_ms: f64,
     /// Boot identifiers seen; more than one: the guest was started anew.
@@ -141,6 +143,8 @@ struct Connection {
     connected: bool,
     /// When the request that is out was sent.
     asked: Option<Instant>,
+    /// The first one that was answered, or one that took its place when it was lost.
+    established: bool,
     reply: Vec<u8>,
 }
 
@@ -161,7 +165,7 @@ impl Worker {
         let tick = self.interval.min(ATTEMPT_EVERY).max(Duration::from_millis(1));
         while !self.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
-            self.connections.retain(|c| c.asked.unwrap_or(c.opened) + ATTEMPT_AGE_MAX > now);
+            self.give_up(now);
             let stalled = self.connections.is_empty() || now - self.last_answer > STALLED;
             let due = self.last_attempt.is_none_or(|at| now - at >= ATTEMPT_EVERY);
             if stalled && due && self.connections.len() < CONNECTIONS_MAX {
@@ -172,6 +176,26 @@ impl Worker {
             self.ask();
             self.wait(tick);
             self.listen();
+        }
+    }
+
+    fn give_up(&mut self, now: Instant) {
+        let age_max = |c: &Connection| if c.established { KEPT_AGE_MAX } else { ATTEMPT_AGE_MAX };
+        for index in (0..self.connections.len()).rev() {
+            let connection = &self.connections[index];
+            let waiting_since = match connection.connected {
+                true => connection.asked,
+                false => Some(connection.opened),
+            };
+            if waiting_since.is_some_and(|since| now - since > age_max(connection)) {
+                self.remove(index);
+            }
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        if self.connections.remove(index).established {
+            self.seen.lock().unwrap_or_else(PoisonError::into_inner).report.connections_lost += 1;
         }
     }
 
@@ -190,7 +214,7 @@ impl Worker {
                     connection.asked = Some(now);
                     self.seen.lock().unwrap_or_else(PoisonError::into_inner).report.requests += 1;
                 }
-                Err(_) => drop(self.connections.remove(index)),
+                Err(_) => self.remove(index),
             }
         }
     }
@@ -203,36 +227,42 @@ impl Worker {
     }
 
     fn listen(&mut self) {
-        let mut answered = None;
+        let mut answered = Vec::new();
         let mut index = 0;
         while index < self.connections.len() {
             match self.connections[index].progress() {
                 Ok(None) => index += 1,
                 Ok(Some(reply)) => {
-                    self.note(reply, index != 0);
-                    answered = answered.or(Some(index));
+                    self.note(reply);
+                    answered.push(index);
                     index += 1;
                 }
-                Err(_) => {
-                    self.connections.remove(index);
-                }
+                Err(_) => self.remove(index),
             }
         }
-        if let Some(index) = answered {
-            // The one that was answered is in use from now on; all others have lost.
-            self.connections.swap(0, index);
-            self.connections.truncate(1);
-        }
+        let established = self.connections.iter().position(|c| c.established);
+        // The old one, if it is among those that were answered: they have all shown that the guest is there.
+        let Some(winner) = answered.iter().copied().find(|i| Some(*i) == established).or(answered.first().copied())
+        else {
+            return;
+        };
+        self.connections.swap(0, winner);
+        let old_waits = established.is_some_and(|old| old != winner);
+        self.connections[0].established |= !old_waits;
+        let mut index = 0;
+        self.connections.retain(|c| {
+            index += 1;
+            index == 1 || c.established
+        });
     }
 
-    fn note(&mut self, reply: GuestReply, other_connection: bool) {
+    fn note(&mut self, reply: GuestReply) {
         let now = Instant::now();
         self.last_answer = now;
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = &mut *seen;
         let report = &mut seen.report;
         report.answers += 1;
-        report.reconnects += u64::from(other_connection);
         report.guest_errors = report.guest_errors.max(reply.errors);
         if let Some((at, counter)) = seen.last {
             report.longest_silence_ms = report.longest_silence_ms.max((now - at).as_secs_f64() * 1e3);
@@ -254,7 +284,14 @@ fn open(addr: SocketAddr) -> std::io::Result<Connection> {
     socket.set_tcp_nodelay(true)?;
     match socket.connect(&addr.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-        _ => Ok(Connection { socket, opened: Instant::now(), connected: false, asked: None, reply: Vec::new() }),
+        _ => Ok(Connection {
+            socket,
+            opened: Instant::now(),
+            connected: false,
+            asked: None,
+            established: false,
+            reply: Vec::new(),
+        }),
     }
 }
 
