@@ -369,3 +369,40 @@ fn only_one_prepare_is_under_way() {
     let effects = bench.step(TargetEvent::PrepareDone { result: Ok(PreparedImage::Kept) });
     assert_eq!(sent(&effects), [TargetBody::Welcome(ImageState::Zero)]);
 }
+
+#[test]
+fn an_order_to_promote_can_be_repeated_after_a_crash_anywhere() {
+    // A verification is being hashed, and a sealed epoch waits for its end: a promotion has much to do.
+    let busy = || {
+        let mut bench = Bench::committed();
+        bench.send(1, 3, 1, &SourceBody::VerifyRequest { seed: HashSeed::new(1) });
+        bench.send(1, 3, 2, &pages(0, 2));
+        bench.commit(1, 2);
+        bench.send(1, 3, 3, &pages(5, 2));
+        bench
+    };
+    let order = TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(2) };
+    let mut probe = busy();
+    let count = probe.step(order.clone()).len();
+    for crash_before in 0..count {
+        let mut bench = busy();
+        let mut effects = Vec::new();
+        bench.target.step(Millis::new(2), order.clone(), &mut effects);
+        for effect in &effects[..crash_before] {
+            match effect {
+                TargetEffect::SaveState(bytes) => bench.state = bytes.clone(),
+                TargetEffect::AppendJournal { bytes, .. } => bench.journal.extend_from_slice(bytes),
+                TargetEffect::TruncateJournal { len_bytes } => bench.journal.truncate(*len_bytes as usize),
+                _ => {}
+            }
+        }
+        let mut resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+        assert_eq!(resumed.target.committed().map(|c| c.epoch.get()), Some(2), "{crash_before}");
+        if resumed.target.promotion().is_none() {
+            let mut effects = Vec::new();
+            resumed.target.step(Millis::new(3), order.clone(), &mut effects);
+            let promoted = |e: &TargetEffect| matches!(e, TargetEffect::Promote(_));
+            assert!(effects.iter().any(promoted), "{crash_before}: {effects:?}");
+        }
+    }
+}

@@ -9,10 +9,12 @@ impl Target {
         match self.may_promote(term, after_epoch) {
             Err(refusal) => effects.push(TargetEffect::PromoteRefused(refusal)),
             Ok(promotion) => {
-                self.term = term;
                 let conn = self.session.as_ref().map(|s| s.conn);
                 // Drops what is staged and applies what is sealed.
                 self.end_session(effects);
+                // Not before: what that saves must not have the new term without the promotion, or an order that
+                // is repeated after a crash in between would be refused.
+                self.term = term;
                 self.promotion = Some(promotion.clone());
                 // Before the guest runs: a restarted agent must not take the image for a shadow's.
                 self.save_state(effects);

@@ -18,6 +18,9 @@ impl Target {
     /// Makes a target from the state record and the journal that a former agent left, for an image that is still
     /// there. (If it is not, use [`Target::new`] with the term the record has, and remove both files.)
     ///
+    /// If the target was promoted ([`Target::promotion`] is set), the driver has to find out whether the guest runs
+    /// already, and goes on with the promotion if not; nothing is replayed.
+    ///
     /// The record tells the commit; epochs that are sealed in the journal are replayed onto the image. A record or
     /// a journal that cannot be read means that there is no commit: the image is taken for unknown contents.
     pub fn resume(config: TargetConfig, state: &[u8], journal: &[u8]) -> Result<Resumed, StateError> {

@@ -68,8 +68,10 @@ impl World {
                 let resumed = Target::resume(config, state, &n.image.journal).expect("own record");
                 self.seen.replayed_epochs +=
                     u64::from(resumed.effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))));
-                n.target = Some(resumed.target);
                 n.effects = resumed.effects.into();
+                // Crashed in the middle of a promotion: it goes on.
+                n.effects.extend(resumed.target.promotion().cloned().map(TargetEffect::Promote));
+                n.target = Some(resumed.target);
             }
             (_, state) => {
                 let term = state.as_ref().and_then(|s| StateRecord::decode(s, GUEST).ok()).map(|r| r.term);
