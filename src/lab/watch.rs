@@ -209,8 +209,8 @@ impl Worker {
                 continue;
             }
             self.next += 1;
-            match connection.socket.write(format!("{}\n", self.next).as_bytes()) {
-                Ok(_) => {
+            match connection.socket.write_all(format!("{}\n", self.next).as_bytes()) {
+                Ok(()) => {
                     connection.asked = Some(now);
                     self.seen.lock().unwrap_or_else(PoisonError::into_inner).report.requests += 1;
                 }
