@@ -1,6 +1,6 @@
 //! A guest that is attached: cuts when `vmsync::Source` wants one, feeds it, and carries out what it asks for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -92,6 +92,9 @@ pub(super) struct Capturing {
     totals: Totals,
     /// Totals of earlier attachments, which the source's own are added to.
     before: (u64, u64, u64),
+    /// Reads of the running guest's memory that must wait: the cut under way has stopped the guest already or not
+    /// yet, nobody knows, and a page read after it must not be taken for one from before.
+    deferred: Vec<SourceEffect>,
     outgoing: Vec<(String, Arc<[u8]>)>,
     closing: Vec<String>,
     superseded: Option<u64>,
@@ -178,6 +181,7 @@ impl Capturing {
             rates: BTreeMap::new(),
             before: (totals.raw_bytes, totals.wire_bytes, totals.epochs),
             totals,
+            deferred: Vec::new(),
             outgoing: Vec::new(),
             closing: Vec::new(),
             superseded: None,
@@ -311,6 +315,8 @@ impl Capturing {
             Ok(()) => self.failures = 0,
             Err(error) => self.cut_failed(&error),
         }
+        let deferred = std::mem::take(&mut self.deferred);
+        self.carry_out(deferred, VecDeque::new());
     }
 
     fn take_cut(&mut self, captured: Captured) {
@@ -487,27 +493,30 @@ impl Capturing {
 
     /// One step of the core, and everything that follows from it by itself.
     pub(super) fn step(&mut self, event: SourceEvent) {
-        let mut events = std::collections::VecDeque::from([event]);
-        let mut effects = Vec::new();
-        while let Some(event) = events.pop_front() {
-            if let Err(alarm) = self.source.step(self.now(), event, &mut effects) {
-                self.alarm(&alarm);
-                return;
-            }
+        self.carry_out(Vec::new(), VecDeque::from([event]));
+    }
+
+    fn carry_out(&mut self, mut effects: Vec<SourceEffect>, mut events: VecDeque<SourceEvent>) {
+        loop {
             for effect in effects.drain(..) {
-                events.extend(perform(
-                    effect,
-                    &self.memory,
-                    &self.guest,
-                    &mut Outbox {
-                        outgoing: &mut self.outgoing,
-                        closing: &mut self.closing,
-                        superseded: &mut self.superseded,
-                        refusals: &mut self.refusals,
-                        verify: &mut self.verify,
-                        trouble: &mut self.trouble,
-                    },
-                ));
+                let reads = matches!(effect, SourceEffect::ReadLive { .. } | SourceEffect::ReadVerify { .. });
+                if reads && self.cutting_since.is_some() {
+                    self.deferred.push(effect);
+                    continue;
+                }
+                let mut outbox = Outbox {
+                    outgoing: &mut self.outgoing,
+                    closing: &mut self.closing,
+                    superseded: &mut self.superseded,
+                    refusals: &mut self.refusals,
+                    verify: &mut self.verify,
+                    trouble: &mut self.trouble,
+                };
+                events.extend(perform(effect, &self.memory, &self.guest, &mut outbox));
+            }
+            let Some(event) = events.pop_front() else { return };
+            if let Err(alarm) = self.source.step(self.now(), event, &mut effects) {
+                return self.alarm(&alarm);
             }
         }
     }
