@@ -272,7 +272,7 @@ impl Slot {
     fn perform_one(self: &Arc<Self>, inner: &mut Inner, effect: TargetEffect) -> Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         match effect {
-            TargetEffect::Prepare { hello, keep } => self.begin_prepare(hello, keep),
+            TargetEffect::Prepare { hello, keep: _ } => self.begin_prepare(hello),
             TargetEffect::SaveState(bytes) => {
                 write_durably(&dir_of(&self.shared.run_dir, &self.uuid).join("target"), &bytes)
                     .map_err(|error| format!("state record: {error}"))?;
@@ -316,10 +316,10 @@ impl Slot {
     }
 
     /// Makes the waiting domain, on a thread of its own: it takes half a second.
-    fn begin_prepare(self: &Arc<Self>, hello: Box<Hello>, keep: bool) {
+    fn begin_prepare(self: &Arc<Self>, hello: Box<Hello>) {
         let slot = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("shadow-prepare".into()).spawn(move || {
-            let result = slot.prepare(&hello, keep);
+            let result = slot.prepare(&hello);
             if let Err(error) = &result {
                 tracing::warn!(guest = slot.domain, error, "cannot make the shadow");
                 slot.lock().problem.clone_from(error);
@@ -331,7 +331,7 @@ impl Slot {
         }
     }
 
-    fn prepare(self: &Arc<Self>, hello: &Hello, keep: bool) -> Result<PreparedImage, String> {
+    fn prepare(self: &Arc<Self>, hello: &Hello) -> Result<PreparedImage, String> {
         let description: ShadowDescription = serde_json::from_slice(&hello.description)
             .map_err(|error| format!("the primary's description cannot be read: {error}"))?;
         if description.uuid != self.uuid {
@@ -342,16 +342,20 @@ impl Slot {
         if inner.ended {
             return Err("the shadow is no longer wanted".into());
         }
-        let before = inner.shadow.take().map(|shadow| shadow.process());
-        super::lock(&self.shared.starting).insert(self.uuid.clone());
-        let made = Shadow::prepare(&hypervisor, &description, &hello.layout, &self.shared.run_dir);
-        super::lock(&self.shared.starting).remove(&self.uuid);
-        let kept = made.as_ref().is_ok_and(|shadow| Some(shadow.process()) == before);
-        if before.is_some() && !(kept && keep) {
-            self.step_locked(&mut inner, TargetEvent::ImageLost);
+        inner.shadow = None;
+        let run_dir = &self.shared.run_dir;
+        let kept = Shadow::keep(&hypervisor, &description, &hello.layout, run_dir).map_err(|e| e.to_string())?;
+        if let Some(shadow) = kept {
+            // Also when the target knows of no image: then it looks at what this one holds.
+            inner.shadow = Some(shadow);
+            return Ok(PreparedImage::Kept);
         }
+        self.step_locked(&mut inner, TargetEvent::ImageLost);
+        super::lock(&self.shared.starting).insert(self.uuid.clone());
+        let made = Shadow::create(&hypervisor, &description, &hello.layout, run_dir);
+        super::lock(&self.shared.starting).remove(&self.uuid);
         inner.shadow = Some(made.map_err(|e| e.to_string())?);
-        Ok(if kept { PreparedImage::Kept } else { PreparedImage::Fresh })
+        Ok(PreparedImage::Fresh)
     }
 
     /// Hashes all pages on a thread of its own, a bit at a time.
@@ -422,9 +426,10 @@ impl Slot {
 
     fn start_guest(&self, inner: &mut Inner, promotion: &Promotion) -> Result<Promoted, String> {
         let began = Instant::now();
+        // First, so that the shadow goes on waiting if libvirt does not answer.
+        let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
         let shadow = inner.shadow.take().ok_or("its domain is gone")?;
         let state = &promotion.device_state;
-        let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
         let done = shadow.promote(&hypervisor, &state.bytes, state.running).map_err(|error| error.to_string())?;
         let timings = done.timings;
         for warning in done.warnings {
