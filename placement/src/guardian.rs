@@ -294,6 +294,8 @@ pub struct Note {
     pub domain: Option<String>,
     pub host: Option<HostName>,
     pub message: String,
+    /// What the message tells in numbers, for programs: names and values.
+    pub figures: Vec<(&'static str, u64)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -196,6 +196,9 @@ pub struct EventView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     pub message: String,
+    /// What the message tells in numbers: names and values.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub figures: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Answer of `promote` and `switchover`.

@@ -280,6 +280,7 @@ pub(super) mod tests {
             domain: Some("web".into()),
             host: None,
             message: "two\nlines".into(),
+            figures: serde_json::Map::new(),
         };
         assert_eq!(event(&view), "1970-01-01 00:00:00.000+0000: ALARM: guest-lost web: two lines");
     }

@@ -11,9 +11,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
+use super::bench::{self, Benchmark};
 use super::error::{LabError, Result};
 use super::guest::{Backing, GuestOptions, Machine, Workload};
-use super::{Lab, LabOptions, QemuUser, image, init};
+use super::{Lab, LabOptions, QemuUser, demo, image, init};
 
 /// Several hosts on this one machine, each with its own network, libvirtd and virtshadowd, to try and to test
 /// virt-shadow: with racks, guests that check their own memory, power cuts and cut cables. Needs root.
@@ -21,7 +22,7 @@ use super::{Lab, LabOptions, QemuUser, image, init};
 #[command(name = "virt-shadow-lab", version, after_help = EXAMPLES)]
 pub struct Cli {
     /// Name of the lab; several can be up at once
-    #[arg(long, global = true, default_value = "lab", value_name = "LAB", env = "VIRT_SHADOW_LAB")]
+    #[arg(long, global = true, default_value = DEFAULT_LAB, value_name = "LAB", env = "VIRT_SHADOW_LAB")]
     name: String,
     /// How to print results
     #[arg(long, global = true, default_value = "text", value_name = "FORMAT")]
@@ -29,6 +30,8 @@ pub struct Cli {
     #[command(subcommand)]
     command: LabCommand,
 }
+
+const DEFAULT_LAB: &str = "lab";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -71,6 +74,16 @@ enum LabCommand {
     },
     /// Show hosts, their power, sockets, processes and namespaces, and the guests made
     Status,
+    /// Lose a host under a protected guest, in a lab of its own, and show what that costs
+    Demo,
+    /// Measure the product in labs of its own, beside what it can be compared with, and print a table
+    Bench {
+        /// Which benchmark; all if not given
+        which: Option<Benchmark>,
+        /// Failovers of each kind, switchovers
+        #[arg(long, default_value_t = 20, value_name = "N")]
+        rounds: u32,
+    },
     /// Start a new guest on a host and print its address
     Guest {
         /// Name of the guest
@@ -169,6 +182,8 @@ impl Cli {
         match &self.command {
             LabCommand::Up { .. } => format!("raise lab {lab}"),
             LabCommand::Down { .. } => format!("take lab {lab} down"),
+            LabCommand::Demo => "run the demo".into(),
+            LabCommand::Bench { .. } => "run the benchmarks".into(),
             LabCommand::Status => format!("show lab {lab}"),
             LabCommand::Guest { guest, host, .. } => format!("start guest {guest} on {host}"),
             LabCommand::Ask { guest, .. } => format!("ask guest {guest}"),
@@ -202,6 +217,19 @@ impl Cli {
                     Err(LabError::NotUp { .. }) => eprintln!("lab {name}: was not up"),
                     Err(error) => return Err(error),
                 }
+            }
+            LabCommand::Demo => {
+                let began = Instant::now();
+                let say = |line: &str| {
+                    if !line.is_empty() {
+                        eprintln!("[{:6.1} s] {line}", began.elapsed().as_secs_f64());
+                    }
+                };
+                let report = demo::run(&own_name(&name, "demo"), watch_interrupt()?, &say)?;
+                print(json, &report, || format!("\n{}", report.to_text()));
+            }
+            LabCommand::Bench { which, rounds } => {
+                bench::run(&own_name(&name, "bench"), which, rounds, json, watch_interrupt()?)?;
             }
             LabCommand::Status => {
                 let status = open()?.status()?;
@@ -275,6 +303,11 @@ fn print<T: Serialize>(json: bool, value: &T, text: impl Fn() -> String) {
     let text = if json { json_text() + "\n" } else { text() };
     // A reader that left (a closed pipe) wants no more.
     let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Name of a lab that a command raises for itself: never the one raised by hand.
+fn own_name(name: &str, purpose: &str) -> String {
+    if name == DEFAULT_LAB { purpose.to_owned() } else { name.to_owned() }
 }
 
 /// From now on SIGINT and SIGTERM set the flag instead of ending the program.

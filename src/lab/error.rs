@@ -24,6 +24,9 @@ pub enum LabError {
     System { action: String, source: std::io::Error },
     #[error("{path}: {reason}")]
     Corrupt { path: PathBuf, reason: String },
+    /// The running product did not do what it should.
+    #[error("{0}")]
+    Product(String),
     #[error("{what} after {waited_ms} ms{}{detail}", if detail.is_empty() { "" } else { ": " })]
     Timeout { what: String, waited_ms: u128, detail: String },
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::error::LabError;
 use super::{Lab, MANAGER};
 use crate::api::client::Client;
 use crate::api::types::{
@@ -25,7 +26,25 @@ pub enum FleetError {
     TooLate { what: String, within: Duration, last: String },
 }
 
+impl From<FleetError> for LabError {
+    fn from(error: FleetError) -> Self {
+        Self::Product(error.to_string())
+    }
+}
+
 pub type Result<T> = std::result::Result<T, FleetError>;
+
+/// One failover.
+#[derive(Debug, Clone)]
+pub struct Promotion {
+    pub host: String,
+    /// When the manager heard that the guest runs, milliseconds since 1970.
+    pub at_ms: u64,
+    pub epoch: u64,
+    pub epochs_lost: u64,
+    /// From the decision until then.
+    pub took_us: u64,
+}
 
 /// The fleet of one lab, asked through one daemon's socket.
 pub struct Fleet {
@@ -35,13 +54,14 @@ pub struct Fleet {
 
 impl Fleet {
     /// Asks the manager itself.
-    pub fn of(lab: &Lab) -> std::io::Result<Self> {
+    pub fn of(lab: &Lab) -> super::Result<Self> {
         Self::through(lab, MANAGER)
     }
 
     /// Asks by way of a host's own daemon, as its operator would.
-    pub fn through(lab: &Lab, node: &str) -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    pub fn through(lab: &Lab, node: &str) -> super::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(LabError::system("start a runtime"))?;
         Ok(Self { socket: lab.daemon_socket(node), runtime })
     }
 
@@ -97,6 +117,43 @@ impl Fleet {
     pub fn promote(&self, domain: &str, to: Option<&str>, force: bool) -> Result<MoveReport> {
         let request = MoveRequest { to: to.map(Into::into), force };
         self.ask("POST", &format!("/v1/guests/{domain}/promote"), Some(&request))
+    }
+
+    /// The newest promotion of a guest by failover, as the manager's log has it.
+    pub fn last_promotion(&self, domain: &str) -> Result<Promotion> {
+        let events = self.events()?;
+        let missing = || FleetError::Answer {
+            asked: format!("events of {domain}"),
+            reason: "no promotion with its figures among them".into(),
+        };
+        let event = events
+            .iter()
+            .rev()
+            .find(|event| event.kind == "guest-promoted" && event.domain.as_deref() == Some(domain))
+            .ok_or_else(missing)?;
+        let number = |key: &str| event.figures.get(key).and_then(serde_json::Value::as_u64);
+        Ok(Promotion {
+            host: event.host.clone().ok_or_else(missing)?,
+            at_ms: event.time_ms,
+            epoch: number("epoch").ok_or_else(missing)?,
+            epochs_lost: number("epochs_lost").ok_or_else(missing)?,
+            took_us: number("took_us").ok_or_else(missing)?,
+        })
+    }
+
+    /// Waits for a promotion that was told after `since_ms`.
+    pub fn wait_promotion(&self, domain: &str, since_ms: u64, within: Duration) -> Result<Promotion> {
+        let began = Instant::now();
+        loop {
+            match self.last_promotion(domain) {
+                Ok(promotion) if promotion.at_ms >= since_ms => return Ok(promotion),
+                outcome if began.elapsed() > within => {
+                    let last = format!("{outcome:?}");
+                    return Err(FleetError::TooLate { what: format!("a promotion of {domain}"), within, last });
+                }
+                _ => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
     }
 
     /// Waits until `reached` is true of the guest.

@@ -15,8 +15,10 @@
 //!
 //! Tests use [`Lab`] itself; `virt-shadow-lab` is a thin face over it.
 
+pub mod bench;
 pub mod cli;
 pub mod client;
+pub mod demo;
 mod error;
 pub mod fleet;
 mod guest;

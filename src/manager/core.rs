@@ -243,7 +243,8 @@ impl Core {
         let kind: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
         let guest = uuid.and_then(|uuid| state.guardian.guest(&translate::guest_id(uuid)));
         let domain = guest.map(|guest| guest.plan.domain.clone()).or(uuid.map(str::to_owned));
-        let note = Save::Note(Note { level, kind: kind.into(), domain, host: Some(host.clone()), message });
+        let host = Some(host.clone());
+        let note = Save::Note(Note { level, kind: kind.into(), domain, host, message, figures: Vec::new() });
         let newest = state.store.save(std::slice::from_ref(&note))?;
         self.newest_event.send_replace(newest);
         tell_log(&note);

@@ -15,6 +15,8 @@ use placement::guardian::{
 };
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
+use serde_json::Value;
+
 use crate::api::types::EventView;
 
 /// Grows with every change of the tables.
@@ -40,7 +42,7 @@ const SCHEMA: &str = "
     ) STRICT;
     CREATE TABLE events (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, time_ms INTEGER NOT NULL, level TEXT NOT NULL, kind TEXT NOT NULL,
-        domain TEXT, host TEXT, message TEXT NOT NULL
+        domain TEXT, host TEXT, message TEXT NOT NULL, figures TEXT NOT NULL
     ) STRICT;
 ";
 
@@ -177,8 +179,8 @@ impl Store {
         let read = || {
             self.db
                 .prepare(
-                    "SELECT seq, time_ms, level, kind, domain, host, message FROM events WHERE seq > ?1 ORDER BY seq
-                     LIMIT ?2",
+                    "SELECT seq, time_ms, level, kind, domain, host, message, figures FROM events WHERE seq > ?1
+                     ORDER BY seq LIMIT ?2",
                 )?
                 .query_map(params![as_i64(since), limit], |row| {
                     Ok(EventView {
@@ -189,6 +191,7 @@ impl Store {
                         domain: row.get(4)?,
                         host: row.get(5)?,
                         message: row.get(6)?,
+                        figures: serde_json::from_str(&row.get::<_, String>(7)?).unwrap_or_default(),
                     })
                 })?
                 .collect::<rusqlite::Result<Vec<_>>>()
@@ -269,8 +272,14 @@ fn save_note(step: &Transaction<'_>, note: &Note) -> rusqlite::Result<()> {
         Level::Alarm => "alarm",
     };
     let host = note.host.as_ref().map(|host| host.as_str());
-    step.prepare("INSERT INTO events (time_ms, level, kind, domain, host, message) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
-        .execute(params![now_ms(), level, note.kind, note.domain, host, note.message])?;
+    let figures: serde_json::Map<String, Value> =
+        note.figures.iter().map(|(name, value)| ((*name).to_owned(), Value::from(*value))).collect();
+    let figures = Value::from(figures).to_string();
+    step.prepare(
+        "INSERT INTO events (time_ms, level, kind, domain, host, message, figures)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+    )?
+    .execute(params![now_ms(), level, note.kind, note.domain, host, note.message, figures])?;
     let seq = step.last_insert_rowid();
     if seq % PRUNE_EVERY == 0 {
         step.execute("DELETE FROM events WHERE seq <= ?1", [seq - MAX_EVENTS])?;

@@ -84,12 +84,26 @@ impl Context<'_> {
         host: Option<&HostName>,
         message: impl Into<String>,
     ) {
+        self.note_figures(level, kind, guest, host, message, Vec::new());
+    }
+
+    /// [`Context::note`] with figures for programs.
+    pub(super) fn note_figures(
+        &mut self,
+        level: Level,
+        kind: &'static str,
+        guest: &Guest,
+        host: Option<&HostName>,
+        message: impl Into<String>,
+        figures: Vec<(&'static str, u64)>,
+    ) {
         self.ready.save.push(Save::Note(Note {
             level,
             kind: kind.into(),
             domain: Some(guest.plan.domain.clone()),
             host: host.cloned(),
             message: message.into(),
+            figures,
         }));
     }
 

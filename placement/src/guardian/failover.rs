@@ -298,7 +298,14 @@ pub(super) fn finish(guest: &mut Guest, cx: &mut Context<'_>, to: &HostName, epo
     };
     let term = plan.term;
     let kind = if planned { "guest-switched-over" } else { "guest-promoted" };
-    cx.note(Level::Info, kind, guest, Some(to), message);
+    let figures = vec![
+        ("term", term.0),
+        ("epoch", epoch.0),
+        ("epochs_lost", epochs_lost),
+        ("took_us", took_us),
+        ("pause_us", pause_us.unwrap_or(0)),
+    ];
+    cx.note_figures(Level::Info, kind, guest, Some(to), message, figures);
     let asker = guest.live.asker.take();
     guest.live = Live::new(cx.now);
     cx.answer(asker, Ok(Reply::Moved { from, to: to.clone(), term, epoch, epochs_lost, took_us, pause_us }));

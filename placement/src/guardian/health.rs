@@ -261,5 +261,5 @@ fn depends_on(guest: &Guest, host: &HostName) -> bool {
 }
 
 fn host_note(level: Level, kind: &'static str, host: &HostName, message: String) -> Save {
-    Save::Note(Note { level, kind: kind.into(), domain: None, host: Some(host.clone()), message })
+    Save::Note(Note { level, kind: kind.into(), domain: None, host: Some(host.clone()), message, figures: Vec::new() })
 }

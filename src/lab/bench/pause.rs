@@ -1,0 +1,96 @@
+//! What a cut costs the guest: its pause, as QEMU's STOP and RESUME events tell it, and the work it gets done.
+
+use std::time::{Duration, Instant};
+
+use super::{Bench, Row};
+use crate::lab::error::{LabError, Result};
+use crate::lab::fleet::Fleet;
+use crate::lab::{GuestClient, Lab};
+
+const INTERVAL: Duration = Duration::from_millis(50);
+const MEASURE_FOR: Duration = Duration::from_secs(20);
+/// A guest that computes, rewrites 4,000 pages a second and checks them.
+const WORKLOAD: &str = "busy:4000";
+
+/// Units of CPU work a second of the guest's own clock.
+fn work_rate(bench: &Bench, client: &mut GuestClient) -> Result<f64> {
+    let failed = LabError::system::<std::io::Error>;
+    let first = client.status().map_err(failed("ask the guest"))?;
+    bench.sleep(MEASURE_FOR)?;
+    let last = client.status().map_err(failed("ask the guest"))?;
+    Ok((last.work - first.work) as f64 * 1000.0 / (last.uptime_ms - first.uptime_ms).max(1) as f64)
+}
+
+pub(super) fn run(bench: &Bench) -> Result<()> {
+    let lab = bench.lab(3)?;
+    let fleet = Fleet::of(&lab)?;
+    fleet.wait_hosts(3, Duration::from_secs(30))?;
+    bench.say("a guest of 1 GiB boots; first it works unprotected")?;
+    let guest = bench.guest(&lab, "busy", "host1", 1024, WORKLOAD)?;
+    let mut client = lab.guest_client(guest.ip)?;
+    let unprotected = work_rate(bench, &mut client)?;
+
+    fleet.enable("busy", "host1", 1, INTERVAL)?;
+    fleet.wait_protected("busy", Duration::from_secs(120))?;
+    // From here on a fresh set of pauses: those of the first copy are shown by the maximum.
+    bench.say("now protected, an epoch every 50 ms")?;
+    let protected = work_rate(bench, &mut client)?;
+    let view = fleet.info("busy")?;
+    let pause = view.capture.pause_us;
+    let ms = |us: u64| us as f64 / 1e3;
+    let copy_ms = memcpy_ms(view.capture.dirty_pages.mean as usize);
+    bench.print(&Row::new("pause p50, 1 GiB, 50 ms", ms(pause.p50), "ms").at_most(1.5).beside("ms memcpy", copy_ms));
+    bench.print(&Row::new("pause p99", ms(pause.p99), "ms").at_most(4.0).beside("ms memcpy", copy_ms));
+    bench.print(&Row::new("dirty pages an epoch", view.capture.dirty_pages.mean, "pages"));
+    let share = protected / unprotected * 100.0;
+    let row = Row::new("guest's own work while protected", share, "%").at_least(95.0);
+    bench.print(&row.beside("units/s unprotected", unprotected));
+    fleet.disable("busy")?;
+    bench.sleep(Duration::from_secs(1))?;
+    let again = work_rate(bench, &mut client)?;
+    let row = Row::new("unprotected again (drift of the machine)", again / unprotected * 100.0, "%");
+    bench.print(&row.beside("units/s", again));
+    drop(client);
+    peers(bench, &lab, guest.ip)
+}
+
+/// What libvirt itself offers to get a guest's state out: how long does the guest stand still?
+fn peers(bench: &Bench, lab: &Lab, ip: std::net::Ipv4Addr) -> Result<()> {
+    bench.say("the same guest saved and restored, and migrated, by virsh")?;
+    let client = lab.watch(ip, Duration::from_millis(5))?;
+    bench.sleep(Duration::from_secs(1))?;
+    let from = Instant::now();
+    lab.virsh("host1", &["save", "busy", "/var/lib/libvirt/busy.save"])?;
+    lab.virsh("host1", &["restore", "/var/lib/libvirt/busy.save"])?;
+    client.wait_answer_after(Instant::now(), Duration::from_secs(30));
+    let saved = client.longest_silence(from, Instant::now());
+    bench.print(&Row::new("peer: virsh save and restore, silence", saved.as_secs_f64() * 1e3, "ms"));
+    let from = Instant::now();
+    let (here, there) = (lab.libvirt_uri("host1"), lab.libvirt_uri("host2"));
+    let output = std::process::Command::new("virsh")
+        .args(["-c", &here, "migrate", "--live", "--persistent", "busy", &there, "--migrateuri", "tcp://10.77.1.2"])
+        .output()
+        .map_err(LabError::system("run virsh"))?;
+    if !output.status.success() {
+        bench.say(&format!("no migration: {}", String::from_utf8_lossy(&output.stderr).trim()))?;
+        return Ok(());
+    }
+    client.wait_answer_after(Instant::now(), Duration::from_secs(30));
+    let (took, silent) = (from.elapsed(), client.longest_silence(from, Instant::now()));
+    let row = Row::new("peer: virsh migrate --live, silence", silent.as_secs_f64() * 1e3, "ms");
+    bench.print(&row.beside("s for all of it", took.as_secs_f64()));
+    Ok(())
+}
+
+/// The limit of the pause: copying as many pages within one process, milliseconds.
+fn memcpy_ms(pages: usize) -> f64 {
+    let source = vec![1u8; pages.max(1) * vmsync::units::PAGE_SIZE];
+    let mut target = vec![0u8; source.len()];
+    let began = Instant::now();
+    const TIMES: u32 = 20;
+    for _ in 0..TIMES {
+        target.copy_from_slice(std::hint::black_box(&source));
+        std::hint::black_box(&mut target);
+    }
+    began.elapsed().as_secs_f64() * 1e3 / f64::from(TIMES)
+}
