@@ -38,15 +38,16 @@ fn shadows_of_a_busy_guest_are_equal_and_stay_so_when_it_moves() {
     for round in 1..=COMPARISONS {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let at = first + round * EPOCHS / COMPARISONS - (random >> 33) % (EPOCHS / COMPARISONS);
-        fleet
-            .wait("busy", "enough epochs", Duration::from_secs(120), |view| view.capture.epoch >= at)
-            .unwrap();
+        fleet.wait("busy", "enough epochs", Duration::from_secs(120), |view| view.capture.epoch >= at).unwrap();
         assert_equal(&fleet, 2);
     }
     let view = fleet
         .wait("busy", "all epochs", Duration::from_secs(120), |view| view.capture.epoch >= first + EPOCHS)
         .unwrap();
-    println!("after {EPOCHS} epochs: pauses {:?} us, {:?} dirty pages", view.capture.pause_us, view.capture.dirty_pages);
+    println!(
+        "after {EPOCHS} epochs: pauses {:?} us, {:?} dirty pages",
+        view.capture.pause_us, view.capture.dirty_pages
+    );
 
     for to in ["host2", "host1"] {
         let began = Instant::now();

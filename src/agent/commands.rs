@@ -159,7 +159,8 @@ impl Agent {
     ) -> Result<Done, ApiError> {
         self.record(&uuid, Some(&domain), term, Role::Primary)?;
         let interval = Duration::from_millis(interval_ms.clamp(10, 60_000));
-        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, shadows };
+        let after_epoch = self.shadows.promoted_epoch(&uuid);
+        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, shadows, after_epoch };
         let mut primaries = lock(&self.primaries);
         match primaries.get(&uuid).filter(|primary| primary.is_running()) {
             Some(primary) => primary.update(spec),

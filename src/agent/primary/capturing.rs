@@ -13,6 +13,7 @@ use vmsync::source::{
 use vmsync::units::{Epoch, GuestUuid, Lineage, Millis, PeerId, Term};
 
 use super::cut_thread::{CutAnswer, CutThread};
+use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::FinalCut;
 use super::peers::PeerEvent;
@@ -47,7 +48,6 @@ const FAILURES_IN_A_ROW: u32 = 20;
 /// What is carried over when a guest is attached anew.
 #[derive(Debug, Default)]
 pub(super) struct Totals {
-    pub(super) epoch: u64,
     raw_bytes: u64,
     wire_bytes: u64,
     epochs: u64,
@@ -210,10 +210,6 @@ impl Capturing {
         }
     }
 
-    pub(super) fn epoch(&self) -> u64 {
-        self.totals.epoch
-    }
-
     pub(super) fn next_cut_at(&self) -> Instant {
         self.next_cut_at
     }
@@ -285,7 +281,7 @@ impl Capturing {
         }
     }
 
-    pub(super) fn cut_answered(&mut self, answer: CutAnswer) {
+    pub(super) fn cut_answered(&mut self, answer: CutAnswer, epochs: &mut EpochNumbers) {
         self.cutting_since = None;
         self.last_cut_ended = Instant::now();
         let outcome = match answer {
@@ -304,7 +300,7 @@ impl Capturing {
             }
             CutAnswer::Cut(captured) => match *captured {
                 Ok(captured) => {
-                    self.take_cut(captured);
+                    self.take_cut(captured, epochs);
                     Ok(())
                 }
                 Err(error) => Err(error),
@@ -319,7 +315,7 @@ impl Capturing {
         self.carry_out(deferred, VecDeque::new());
     }
 
-    fn take_cut(&mut self, captured: Captured) {
+    fn take_cut(&mut self, captured: Captured, epochs: &mut EpochNumbers) {
         let Captured { dirty, pages, extras, device_state, at, .. } = captured;
         self.totals.dirty.record(dirty.len());
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
@@ -337,10 +333,10 @@ impl Capturing {
                 return;
             }
         }
-        self.totals.epoch += 1;
+        let epoch = epochs.next();
         let running = self.final_cut.as_ref().map_or(!self.paused, FinalCut::guest_ran);
         let cut = Cut {
-            epoch: Epoch::new(self.totals.epoch),
+            epoch: Epoch::new(epoch),
             at: self.millis_of(at),
             dirty,
             pages,
@@ -350,7 +346,7 @@ impl Capturing {
         };
         self.step(SourceEvent::Cut(cut));
         if let Some(final_cut) = &mut self.final_cut {
-            final_cut.was_cut(self.totals.epoch);
+            final_cut.was_cut(epoch);
         }
     }
 
@@ -549,7 +545,6 @@ impl Capturing {
     pub(super) fn totals(&self) -> Totals {
         let own = self.source.totals();
         Totals {
-            epoch: self.totals.epoch,
             raw_bytes: self.before.0 + own.raw_bytes,
             wire_bytes: self.before.1 + own.wire_bytes,
             epochs: self.before.2 + own.epochs,
@@ -564,13 +559,13 @@ impl Capturing {
     }
 
     /// Leaves everything for the next heartbeat.
-    pub(super) fn fill(&mut self, status: &mut PrimaryStatus) {
+    pub(super) fn fill(&mut self, status: &mut PrimaryStatus, epoch: u64) {
         let own = self.source.totals();
         status.running = !self.paused && self.final_cut.is_none();
         status.memory_bytes = self.memory_bytes;
         status.problem = if self.failures >= FAILURES_SHOWN { self.problem.clone() } else { String::new() };
         status.stats = CaptureStats {
-            epoch: self.totals.epoch,
+            epoch,
             pause_us: self.totals.pauses.percentiles(),
             dirty_pages: self.totals.dirty.view(),
             raw_bytes_total: self.before.0 + own.raw_bytes,

@@ -10,6 +10,7 @@
 
 mod capturing;
 mod cut_thread;
+mod epochs;
 mod exit_watch;
 mod final_cut;
 mod peers;
@@ -39,6 +40,8 @@ pub struct PrimarySpec {
     pub term: u64,
     pub interval: Duration,
     pub shadows: Vec<ShadowTarget>,
+    /// Epoch that this host's copy was promoted from; numbers go on behind it.
+    pub after_epoch: u64,
 }
 
 /// What a session shares with its agent.

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::capturing::Capturing;
+use super::epochs::EpochNumbers;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
 use crate::agent::primary::cut_thread::CutAnswer;
@@ -83,6 +84,7 @@ pub(super) struct Session {
     exited_at: Option<Instant>,
     /// Carried over attachments, so that epochs and totals only grow.
     pub(super) totals: super::capturing::Totals,
+    pub(super) epochs: EpochNumbers,
 }
 
 struct Link {
@@ -99,6 +101,7 @@ impl Session {
         inputs: Sender<Input>,
         status: Arc<Mutex<PrimaryStatus>>,
     ) -> Self {
+        let epochs = EpochNumbers::open(&context.run_dir, &spec.uuid, spec.after_epoch);
         Self {
             context,
             spec,
@@ -113,6 +116,7 @@ impl Session {
             watch: DomainWatch::default(),
             exited_at: None,
             totals: Default::default(),
+            epochs,
         }
     }
 
@@ -132,13 +136,16 @@ impl Session {
             }
         };
         self.context.libvirt.forget(&uuid);
-        let last_epoch = self.capturing.as_ref().map_or(self.totals.epoch, Capturing::epoch);
+        let last_epoch = self.epochs.last();
         if let Some(capturing) = self.capturing.take() {
             capturing.detach(&self.context, &uuid, matches!(end, End::Released));
         }
         let term = self.spec.term;
         match end {
-            End::Released => tracing::info!(guest = self.spec.domain, "no longer protecting"),
+            End::Released => {
+                self.epochs.forget();
+                tracing::info!(guest = self.spec.domain, "no longer protecting");
+            }
             End::GuestEnded { how: Some(how), .. } => {
                 tracing::info!(guest = self.spec.domain, how, "the guest ended");
                 (self.context.report)(GuestEvent::Stopped { uuid, term, how: how.into() });
@@ -226,7 +233,7 @@ impl Session {
             Input::Peer { host, generation, event } => self.peer(&host, generation, event),
             Input::Cut { attachment, answer } if attachment == self.attachments => {
                 if let Some(capturing) = &mut self.capturing {
-                    capturing.cut_answered(answer);
+                    capturing.cut_answered(answer, &mut self.epochs);
                 }
             }
             Input::Exited { attachment } if attachment == self.attachments => {
@@ -390,7 +397,7 @@ impl Session {
         let mut status = self.status.lock().unwrap_or_else(|p| p.into_inner());
         status.term = self.spec.term;
         match &mut self.capturing {
-            Some(capturing) => capturing.fill(&mut status),
+            Some(capturing) => capturing.fill(&mut status, self.epochs.last()),
             None => {
                 status.problem.clone_from(&self.problem);
                 status.peers.clear();

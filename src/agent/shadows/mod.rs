@@ -152,6 +152,11 @@ impl Shadows {
         Ok(promoted)
     }
 
+    /// Epoch that this host's copy of the guest was promoted from; 0 if it was not.
+    pub fn promoted_epoch(&self, uuid: &str) -> u64 {
+        lock(&self.promoted).get(uuid).map_or(0, |promoted| promoted.epoch)
+    }
+
     pub fn status(&self, uuid: &str) -> Option<ShadowStatus> {
         self.slot(uuid).map(|slot| slot.status())
     }

@@ -430,7 +430,16 @@ impl Slot {
         let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
         let shadow = inner.shadow.take().ok_or("its domain is gone")?;
         let state = &promotion.device_state;
-        let done = shadow.promote(&hypervisor, &state.bytes, state.running).map_err(|error| error.to_string())?;
+        let done = match shadow.promote(&hypervisor, &state.bytes, state.running) {
+            Ok(done) => done,
+            Err(error) => {
+                // If nothing was written to it yet, it waits on and the order may be repeated.
+                if let Ok(Adopted::Waiting(shadow)) = Shadow::adopt(&hypervisor, &self.uuid, &self.shared.run_dir) {
+                    inner.shadow = Some(*shadow);
+                }
+                return Err(error.to_string());
+            }
+        };
         let timings = done.timings;
         for warning in done.warnings {
             tracing::warn!(guest = self.domain, warning, "after the promotion");
