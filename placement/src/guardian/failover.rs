@@ -53,12 +53,6 @@ pub(super) fn begin(guest: &mut Guest, cx: &mut Context<'_>, cause: Cause) {
     guest.live = Live { asker, excluded: std::mem::take(&mut guest.live.excluded), ..Live::new(cx.now) };
 }
 
-/// A shadow of a lost guest may have come back.
-pub(super) fn begin_again(guest: &mut Guest, cx: &mut Context<'_>, text: String) {
-    let cause = Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: false };
-    begin(guest, cx, cause);
-}
-
 /// Does the next thing of a failover that can be done now.
 pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
     let Phase::FailingOver(failover) = &mut guest.plan.phase else { return };
@@ -149,7 +143,10 @@ fn take_newest(guest: &mut Guest, cx: &mut Context<'_>) {
     let mut best: Option<(bool, Term, Epoch, HostName)> = None;
     let mut unheard = false;
     for (host, answer) in answers {
-        match answer.flatten() {
+        // Who did not answer, but is up, is taken at the word of its last heartbeat.
+        let last = cx.hosts.get(&host).filter(|host| host.is_up());
+        let last = last.and_then(|host| host.report.shadows.get(&guest.plan.id)).cloned();
+        match answer.flatten().or(last) {
             Some(shadow) if shadow.committed > Epoch(0) => {
                 let candidate = (shadow.problem.is_empty(), shadow.term, shadow.committed, host);
                 let newer = |best: &(bool, Term, Epoch, HostName)| {
@@ -199,6 +196,12 @@ fn lost(guest: &mut Guest, cx: &mut Context<'_>) {
     );
     cx.note(Level::Alarm, "guest-lost", guest, Some(&guest.plan.primary), reason.clone());
     guest.plan.phase = Phase::Lost { reason: reason.clone() };
+    // Nobody took over, so nobody is in the way of its old host. The new term tells it that this was decided after all
+    // that it knows of.
+    guest.plan.term = guest.plan.term.next();
+    guest.plan.former.remove(&guest.plan.primary);
+    guest.live.leaves.remove(&guest.plan.primary);
+    guest.live.protect = super::Seat::Needed;
     let asker = guest.live.asker.take();
     cx.answer(asker, Err(RequestError::Failed(reason)));
 }

@@ -2,7 +2,7 @@
 
 use super::context::{Context, DoneOrder};
 use super::failover::{self, Cause};
-use super::model::{FailoverStep, Guest, Leave, Live, Phase, Record, Seat, SwitchoverStep};
+use super::model::{Failover, FailoverStep, Guest, Leave, Live, Phase, Record, Seat, Switchover, SwitchoverStep};
 use super::{Answer, Level, Order, Outcome, RequestError};
 use crate::term::Role;
 use crate::units::{Epoch, HostName, Term};
@@ -132,7 +132,7 @@ pub(super) fn hello(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName, re
         other_returns(guest, cx, host, record);
     }
     if matches!(guest.plan.phase, Phase::Lost { .. }) && guest.plan.seats.contains(host) {
-        failover::begin_again(guest, cx, format!("{host} with a shadow came back"));
+        guest.live.revival = Some(false);
     }
 }
 
@@ -146,8 +146,8 @@ fn primary_returns(guest: &mut Guest, cx: &mut Context<'_>, runs: bool) {
             let host = guest.plan.primary.clone();
             starts_on(guest, cx, &host);
         }
-        // Another host may run it already: it must not be started here again before that is known.
-        Phase::FailingOver(failover) if !runs && matches!(failover.step, FailoverStep::Promote { .. }) => {
+        // Another host may run it already, or is about to: it must not be started here again before that is known.
+        Phase::FailingOver(failover) if !runs && failover.step != FailoverStep::RetireFirst => {
             guest.plan.former.insert(guest.plan.primary.clone(), Leave::Retire);
         }
         Phase::Steady => guest.live.doubt = (!runs).then_some((cx.now, false)),
@@ -167,7 +167,12 @@ fn other_returns(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName, recor
     let adrift = matches!(guest.plan.phase, Phase::FailingOver(_) | Phase::Lost { .. });
     match record.role {
         Role::Primary if record.term == guest.plan.term && (is_target || adrift && record.active) => {
-            failover::finish(guest, cx, host, Epoch(0), None);
+            let at_least = match &guest.plan.phase {
+                Phase::FailingOver(Failover { step: FailoverStep::Promote { after_epoch, .. }, .. }) => *after_epoch,
+                Phase::SwitchingOver(Switchover { step: SwitchoverStep::Promote { epoch }, .. }) => *epoch,
+                _ => Epoch(0),
+            };
+            failover::finish(guest, cx, host, at_least, None);
             guest.live.doubt = (!record.active).then_some((cx.now, false));
         }
         Role::Primary if is_target => (),
@@ -240,6 +245,9 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
 
 /// Outcome of asking a host whether it runs a guest of which it says nothing.
 pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    if guest.live.revival == Some(true) && done.host == guest.plan.primary {
+        return revive(guest, cx, &done.outcome);
+    }
     if matches!(guest.plan.phase, Phase::Stopped { .. } | Phase::Lost { .. }) {
         let keeps_one = matches!(guest.plan.former.get(&done.host), Some(Leave::Drop));
         if done.outcome == Outcome::Done(Answer::Described { running: true }) && !keeps_one {
@@ -260,6 +268,43 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
         Outcome::Refused { code, .. } if code == "not-found" || code == "not-running" => gone_unexplained(guest, cx),
         _ => guest.live.doubt = Some((since, false)),
     }
+}
+
+/// A lost guest may be started on its old host at any time, so a shadow that came back takes over only when that host is
+/// down, or has said that it does not run the guest and then that it will not.
+pub(super) fn tend_lost(guest: &mut Guest, cx: &mut Context<'_>) {
+    if guest.live.revival != Some(false) {
+        return;
+    }
+    let primary = guest.plan.primary.clone();
+    if cx.is_down(&primary) {
+        let text = "a shadow came back".to_owned();
+        failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: false });
+    } else if cx.is_connected(&primary) {
+        guest.live.revival = Some(true);
+        cx.order(guest, &primary, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
+    }
+}
+
+fn revive(guest: &mut Guest, cx: &mut Context<'_>, outcome: &Outcome) {
+    let runs = match outcome {
+        Outcome::Done(Answer::Described { running }) => *running,
+        Outcome::Refused { code, .. } if code == "not-found" || code == "not-running" => false,
+        _ => {
+            guest.live.revival = Some(false);
+            return;
+        }
+    };
+    guest.live.revival = None;
+    if !matches!(guest.plan.phase, Phase::Lost { .. }) {
+        return;
+    }
+    if runs {
+        let host = guest.plan.primary.clone();
+        return starts_on(guest, cx, &host);
+    }
+    let text = "a shadow came back".to_owned();
+    failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: true });
 }
 
 fn gone_unexplained(guest: &mut Guest, cx: &mut Context<'_>) {

@@ -313,6 +313,8 @@ pub(super) struct Live {
     pub(super) asker: Option<RequestId>,
     /// The primary's host runs no such guest and has not said why: since when, and whether it was asked.
     pub(super) doubt: Option<(Moment, bool)>,
+    /// A shadow of a lost guest is back: whether its primary's host was asked if it runs the guest again.
+    pub(super) revival: Option<bool>,
     /// Another host says that it runs the guest.
     pub(super) elsewhere: Option<(HostName, Moment)>,
     pub(super) elsewhere_told: bool,
@@ -340,6 +342,7 @@ impl Live {
             cut: None,
             asker: None,
             doubt: None,
+            revival: None,
             elsewhere: None,
             elsewhere_told: false,
             told_whole: None,

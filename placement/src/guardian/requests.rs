@@ -217,7 +217,8 @@ fn promote(
         check_target(guest, cx, to)?;
     }
     let (text, retire_first) = match &guest.plan.phase {
-        Phase::Lost { .. } => ("ordered by an operator".to_owned(), false),
+        // Its old host may have started it again a moment ago.
+        Phase::Lost { .. } => ("ordered by an operator".to_owned(), !cx.is_down(&primary)),
         Phase::Steady if !force => {
             return Err(RequestError::Conflict(format!(
                 "guest {domain} has a primary on {primary} that is not counted as gone; move it without loss with \

@@ -27,6 +27,7 @@ pub(super) fn begin(guest: &mut Guest, cx: &mut Context<'_>, to: HostName, asker
     guest.live.decided = cx.now;
     guest.live.move_again = cx.now;
     guest.live.cut = None;
+    guest.live.waiting_note.clear();
     // Only once: what an unknown outcome asks for is the way back.
     let order = Order::FinalCut { guest: guest.plan.id.clone(), to };
     let primary = guest.plan.primary.clone();
@@ -95,7 +96,8 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
         (SwitchoverStep::Undo { reason }, Order::UndoFinalCut { .. }, Outcome::Done(_)) => {
             let reason = format!("{reason}; the guest goes on on {}", guest.plan.primary);
             cx.note(Level::Warning, "switchover-undone", guest, Some(&guest.plan.primary), reason.clone());
-            back_to_steady(guest, cx, reason);
+            let term_is_new = guest.live.cut.is_some();
+            back_to_steady(guest, cx, term_is_new, reason);
         }
         (SwitchoverStep::Undo { .. }, Order::UndoFinalCut { .. }, Outcome::Refused { code, message })
             if code == "not-running" || code == "not-found" =>
@@ -111,10 +113,12 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
     }
 }
 
-fn back_to_steady(guest: &mut Guest, cx: &mut Context<'_>, reason: String) {
+fn back_to_steady(guest: &mut Guest, cx: &mut Context<'_>, term_is_new: bool, reason: String) {
     guest.plan.phase = Phase::Steady;
     let asker = guest.live.asker.take();
-    guest.live = Live::new(cx.now);
+    // Shadows that were accepted with this very term are still what they were.
+    let accepts = if term_is_new { Default::default() } else { std::mem::take(&mut guest.live.accepts) };
+    guest.live = Live { accepts, ..Live::new(cx.now) };
     cx.answer(asker, Err(RequestError::Failed(reason)));
 }
 

@@ -12,16 +12,19 @@ use crate::units::HostName;
 const ACCEPT_TIMEOUT_MS: u64 = 10_000;
 const PROTECT_TIMEOUT_MS: u64 = 20_000;
 const LEAVE_TIMEOUT_MS: u64 = 20_000;
-/// How long a host that refused a shadow is left alone.
-const EXCLUDED_MS: u64 = 60_000;
+/// How long a host that refused a shadow is left alone: doubled each time, up to a limit.
+const EXCLUDED_FIRST_MS: u64 = 4_000;
+const EXCLUDED_LONGEST_MS: u64 = 60_000;
 const PLACEMENT_EVERY_MS: u64 = 500;
 /// A host that is silent, but not down, loses its shadows only after this many times `replace_after_ms`.
 const SILENT_FACTOR: u64 = 6;
 
 /// Does everything for a guest that can be done now.
 pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
-    if guest.plan.phase == Phase::Steady {
-        lifecycle::tend(guest, cx);
+    match &guest.plan.phase {
+        Phase::Steady => lifecycle::tend(guest, cx),
+        Phase::Lost { .. } => lifecycle::tend_lost(guest, cx),
+        _ => (),
     }
     failover::tend(guest, cx);
     switchover::tend(guest, cx);
@@ -32,6 +35,9 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
         accept(guest, cx);
         protect(guest, cx);
         tell_redundancy(guest, cx);
+    }
+    if matches!(guest.plan.phase, Phase::Lost { .. }) {
+        allow_start(guest, cx);
     }
     leave(guest, cx);
 }
@@ -174,6 +180,23 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
     guest.live.protect = Seat::Sent(cx.order(guest, &primary, order, PROTECT_TIMEOUT_MS));
 }
 
+/// The host that lost a guest may start it again, with the newest term: that is what it is told by being told to protect
+/// it, with no shadows yet.
+fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
+    if !guest.live.protect.due(cx.now) || !cx.is_connected(&guest.plan.primary) {
+        return;
+    }
+    let order = Order::Protect {
+        guest: guest.plan.id.clone(),
+        domain: guest.plan.domain.clone(),
+        term: guest.plan.term,
+        interval_ms: guest.plan.interval_ms,
+        shadows: Vec::new(),
+    };
+    let primary = guest.plan.primary.clone();
+    guest.live.protect = Seat::Sent(cx.order(guest, &primary, order, PROTECT_TIMEOUT_MS));
+}
+
 fn leave(guest: &mut Guest, cx: &mut Context<'_>) {
     let leaving = guest.plan.phase == Phase::Leaving;
     for (host, what) in guest.plan.former.clone() {
@@ -248,7 +271,10 @@ fn accept_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
             cx.note(Level::Warning, "shadow-refused", guest, Some(&host), format!("{host}: {message}"));
             guest.plan.seats.remove(&host);
             guest.live.accepts.remove(&host);
-            guest.live.excluded.insert(host, (cx.now.plus_ms(EXCLUDED_MS), message));
+            let attempts = guest.live.attempts.entry(host.clone()).or_default();
+            let excluded_ms = (EXCLUDED_FIRST_MS << (*attempts).min(8)).min(EXCLUDED_LONGEST_MS);
+            *attempts += 1;
+            guest.live.excluded.insert(host, (cx.now.plus_ms(excluded_ms), message));
             guest.live.next_placement = cx.now;
         }
         Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
@@ -268,6 +294,14 @@ fn protect_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
         Outcome::Done(_) => {
             guest.live.attempts.remove(&done.host);
             guest.live.protect = Seat::Done { at: cx.now };
+        }
+        Outcome::Refused { .. } if matches!(guest.plan.phase, Phase::Lost { .. }) => {
+            guest.live.protect = Seat::Done { at: cx.now };
+        }
+        // It ended while nobody watched it, such as right after a promotion. Its host may still say why.
+        Outcome::Refused { code, .. } if code == "not-running" || code == "not-found" => {
+            guest.live.doubt.get_or_insert((cx.now, false));
+            guest.live.protect = Seat::failed("the guest does not run there".into(), 1, cx.now);
         }
         Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
             let attempts = guest.live.attempts.entry(done.host.clone()).or_default();

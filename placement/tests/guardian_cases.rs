@@ -1,0 +1,276 @@
+//! What the guardian makes of the accidents it is there for, one by one, in virtual time.
+
+mod world;
+
+use placement::guardian::{Leave, Order, Phase, Reply, Request, RequestError};
+use placement::term::Role;
+use world::World;
+
+/// `web` on h1 with `shadows` shadows, all following.
+fn protected(hosts: usize, racks: usize, shadows: u32) -> World {
+    let mut world = World::new(1, hosts, racks);
+    world.run_ms(500);
+    let id = world.enable("web", "h1", shadows);
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    assert_eq!(world.answers[&id], Ok(Reply::Enabled));
+    // Until heartbeats have told it to the manager.
+    world.run_ms(500);
+    world
+}
+
+fn name(text: &str) -> placement::HostName {
+    text.into()
+}
+
+#[test]
+fn a_power_cut_moves_the_guest_within_a_second_and_a_half_and_restores_redundancy() {
+    let mut world = protected(3, 3, 2);
+    let (cut_us, old_term) = (world.now_us, world.plan("web").unwrap().term);
+    world.power_cut(&name("h1"));
+    assert!(world.run_until(1_500, |world| world.runs_on("web").is_some()), "{:#?}", world.log);
+    assert!(world.now_us - cut_us >= 800_000, "not before it was silent and then asked");
+    world.run_ms(50);
+    let plan = world.plan("web").unwrap();
+    assert_eq!((plan.term, plan.seats.len()), (old_term.next(), 1), "one promotion, the other shadow stays");
+    world.run_ms(3_000);
+    assert_eq!(world.promised.len(), 1);
+    // Two wanted, but only one other rack has power: told, and mended when the old host comes back.
+    let reason = world.guardian.as_ref().unwrap().guest(&"web".into()).unwrap().reason();
+    assert!(reason.contains("bring back h1"), "{reason}");
+    world.power_on(&name("h1"));
+    assert!(world.run_until(10_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    assert_eq!(world.hosts[&name("h1")].role(&"web".into()).unwrap().0, Role::Shadow);
+}
+
+#[test]
+fn a_killed_qemu_is_replaced_at_once() {
+    let mut world = protected(2, 2, 1);
+    let died_us = world.now_us;
+    world.kill_guest(&name("h1"), &"web".into());
+    assert!(world.run_until(100, |world| world.runs_on("web") == Some(&name("h2"))), "{:#?}", world.log);
+    assert!(world.now_us - died_us < 50_000);
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "the old host keeps the shadow now");
+}
+
+#[test]
+fn a_silent_agent_is_not_a_dead_host() {
+    let mut world = protected(3, 3, 1);
+    world.crash_agent(&name("h1"), 20_000_000);
+    world.run_ms(19_000);
+    assert_eq!(world.runs_on("web"), Some(&name("h1")));
+    assert!(world.promised.is_empty(), "nothing may be promoted: {:#?}", world.log);
+    assert!(world.log.iter().any(|line| line.contains("agent-silent")));
+    assert!(world.run_until(10_000, |world| world.is_whole("web")));
+}
+
+#[test]
+fn a_manager_that_is_restarted_takes_nobody_for_dead() {
+    let mut world = protected(3, 3, 2);
+    world.crash_manager(5_000_000);
+    world.run_ms(20_000);
+    assert!(world.is_whole("web") && world.promised.is_empty(), "{:#?}", world.log);
+}
+
+#[test]
+fn a_host_that_is_lost_while_no_manager_runs_is_noticed_afterwards() {
+    let mut world = protected(3, 3, 1);
+    world.crash_manager(3_000_000);
+    world.run_ms(1_000);
+    world.power_cut(&name("h1"));
+    assert!(world.run_until(6_000, |world| world.runs_on("web").is_some()), "{:#?}", world.log);
+    assert_eq!(world.promised.len(), 1);
+}
+
+#[test]
+fn an_answer_that_is_lost_is_asked_for_again_from_the_same_host() {
+    let mut world = protected(3, 3, 2);
+    world.lost_replies = 100;
+    world.strikes = |order| matches!(order, Order::Promote { .. });
+    world.kill_guest(&name("h1"), &"web".into());
+    assert!(world.run_until(3_000, |world| world.runs_on("web").is_some()), "{:#?}", world.log);
+    world.lost_replies = 0;
+    assert!(world.run_until(15_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    assert_eq!(world.promised.len(), 1, "one host, one term");
+}
+
+#[test]
+fn a_definite_no_passes_the_turn_with_a_further_term() {
+    let mut world = protected(3, 3, 2);
+    world.refusals = 100;
+    world.kill_guest(&name("h1"), &"web".into());
+    world.run_ms(1_000);
+    assert!(matches!(world.plan("web").unwrap().phase, Phase::Lost { .. }), "{:#?}", world.log);
+    assert_eq!(world.promised.len(), 2, "each shadow was asked once, with a term of its own");
+    // An operator who mended what was wrong tries again.
+    world.refusals = 0;
+    let id = world.request(Request::Promote { guest: "web".into(), to: Some("h3".into()), force: false });
+    assert!(world.run_until(1_000, |world| world.runs_on("web") == Some(&name("h3"))), "{:#?}", world.log);
+    world.run_ms(100);
+    assert!(matches!(&world.answers[&id], Ok(Reply::Moved { to, .. }) if *to == name("h3")));
+}
+
+#[test]
+fn the_newest_commit_takes_over() {
+    let mut world = protected(3, 3, 2);
+    // h2's agent is away for a moment, so its commits stand still; h3's go on.
+    world.crash_agent(&name("h2"), 300_000);
+    world.run_ms(250);
+    world.kill_guest(&name("h1"), &"web".into());
+    assert!(world.run_until(2_000, |world| world.runs_on("web").is_some()));
+    assert_eq!(world.runs_on("web"), Some(&name("h3")), "{:#?}", world.log);
+}
+
+#[test]
+fn a_switchover_loses_nothing_and_goes_there_and_back() {
+    let mut world = protected(2, 2, 1);
+    for to in ["h2", "h1", "h2"] {
+        let id = world.request(Request::Switchover { guest: "web".into(), to: None });
+        assert!(world.run_until(2_000, |world| world.answers.contains_key(&id)));
+        let Ok(Reply::Moved { to: moved, epochs_lost: 0, pause_us: Some(pause_us), .. }) = &world.answers[&id] else {
+            panic!("{:?}", world.answers[&id]);
+        };
+        assert!(*moved == name(to) && *pause_us >= 1_000 && *pause_us < 100_000);
+        assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+        world.run_ms(500);
+    }
+    assert_eq!(world.promised.len(), 3);
+}
+
+#[test]
+fn a_switchover_that_fails_is_undone() {
+    let mut world = protected(2, 2, 1);
+    world.refusals = 100;
+    world.strikes = |order| matches!(order, Order::FinalCut { .. });
+    let id = world.request(Request::Switchover { guest: "web".into(), to: None });
+    world.run_ms(500);
+    assert!(matches!(&world.answers[&id], Err(RequestError::Failed(why)) if why.contains("goes on on h1")));
+    assert!(world.is_whole("web") && world.promised.is_empty(), "{:#?}", world.log);
+    world.strikes = |order| matches!(order, Order::Promote { .. });
+    let id = world.request(Request::Switchover { guest: "web".into(), to: None });
+    world.run_ms(500);
+    assert!(matches!(&world.answers[&id], Err(RequestError::Failed(why)) if why.contains("goes on on h1")));
+    assert_eq!(world.plan("web").unwrap().term.0, 3, "above the term that was given to h2");
+    assert!(world.run_until(1_000, |world| world.is_whole("web")), "{:#?}", world.log);
+}
+
+#[test]
+fn a_guest_that_is_shut_down_is_not_failed_over_and_protected_again_when_it_starts() {
+    let mut world = protected(3, 3, 2);
+    world.stop_guest(&name("h1"), &"web".into());
+    world.run_ms(3_000);
+    let plan = world.plan("web").unwrap();
+    assert!(matches!(plan.phase, Phase::Stopped { .. }) && plan.seats.is_empty() && plan.former.is_empty());
+    assert!(world.promised.is_empty());
+    assert!(world.start_guest(&name("h1"), &"web".into()));
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+}
+
+#[test]
+fn a_host_that_comes_back_does_not_start_what_runs_elsewhere() {
+    let mut world = protected(3, 3, 1);
+    world.power_cut(&name("h1"));
+    assert!(world.run_until(2_000, |world| world.runs_on("web").is_some()));
+    world.power_on(&name("h1"));
+    for _ in 0..50 {
+        world.run_ms(50);
+        assert!(!world.start_guest(&name("h1"), &"web".into()));
+    }
+    assert_ne!(world.hosts[&name("h1")].role(&"web".into()).unwrap().0, Role::Primary);
+}
+
+#[test]
+fn a_host_that_reboots_faster_than_it_is_missed_has_lost_its_guest() {
+    let mut world = protected(3, 3, 1);
+    world.power_cut(&name("h1"));
+    world.power_on(&name("h1"));
+    assert!(world.run_until(4_000, |world| world.runs_on("web").is_some()), "{:#?}", world.log);
+    assert_ne!(world.runs_on("web"), Some(&name("h1")));
+    assert_eq!(world.promised.len(), 1);
+}
+
+#[test]
+fn a_dead_shadow_host_is_replaced_from_another_rack() {
+    let mut world = protected(3, 3, 1);
+    let seat = world.plan("web").unwrap().seats.first().unwrap().clone();
+    world.power_cut(&seat);
+    assert!(world.run_until(15_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    let plan = world.plan("web").unwrap();
+    assert!(!plan.seats.contains(&seat) && plan.former[&seat] == Leave::Drop && world.promised.is_empty());
+    world.power_on(&seat);
+    world.run_ms(3_000);
+    assert!(world.plan("web").unwrap().former.is_empty() && world.hosts[&seat].role(&"web".into()).is_none());
+}
+
+#[test]
+fn promote_names_switchover_while_the_primary_answers_and_force_stops_it_first() {
+    let mut world = protected(2, 2, 1);
+    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: false });
+    world.run_ms(100);
+    assert!(
+        matches!(&world.answers[&id], Err(RequestError::Conflict(why)) if why.contains("virt-shadow switchover web"))
+    );
+    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: true });
+    assert!(world.run_until(1_000, |world| world.answers.contains_key(&id)), "{:#?}", world.log);
+    assert!(world.answers[&id].is_ok() && world.runs_on("web") == Some(&name("h2")));
+}
+
+#[test]
+fn requests_that_cannot_be_met_say_why() {
+    let mut world = protected(3, 3, 2);
+    let ask = |world: &mut World, request| {
+        let id = world.request(request);
+        world.run_ms(100);
+        world.answers[&id].clone().expect_err("must be refused").to_string()
+    };
+    let enable = |guest: &str, shadows, on: &[&str], interval_ms| Request::Enable {
+        guest: guest.into(),
+        domain: guest.into(),
+        host: "h1".into(),
+        memory_mib: 256,
+        shadows,
+        interval_ms,
+        on: on.iter().copied().map(placement::HostName::from).collect(),
+    };
+    for (request, words) in [
+        (enable("db", 3, &[], 50), "2 possible in 3 racks"),
+        (enable("db", 0, &[], 50), "1 to 8"),
+        (enable("db", 1, &[], 1), "interval of 1 ms"),
+        (enable("db", 1, &["h2", "h3"], 50), "2 hosts named for 1 shadows"),
+        (enable("db", 2, &["h2", "h2"], 50), "named twice"),
+        (enable("db", 1, &["h9"], 50), "unknown (h9)"),
+        (Request::Disable { guest: "db".into() }, "not protected"),
+        (Request::Switchover { guest: "web".into(), to: Some("h1".into()) }, "on h1 already"),
+        (Request::Switchover { guest: "web".into(), to: Some("h9".into()) }, "it has: h2, h3"),
+    ] {
+        let why = ask(&mut world, request);
+        assert!(why.contains(words), "{why}");
+    }
+    assert!(world.plan("db").is_none());
+}
+
+#[test]
+fn disabling_clears_all_hosts_those_too_that_come_back_later() {
+    let mut world = protected(3, 3, 2);
+    world.power_cut(&name("h3"));
+    world.run_ms(2_000);
+    let id = world.request(Request::Disable { guest: "web".into() });
+    world.run_ms(500);
+    assert_eq!(world.answers[&id], Ok(Reply::Disabled { message: String::new() }));
+    assert_eq!(world.runs_on("web"), Some(&name("h1")), "it runs on");
+    assert!(world.guardian.as_ref().unwrap().guest(&"web".into()).is_none());
+    world.power_on(&name("h3"));
+    world.run_ms(2_000);
+    assert!(world.plan("web").is_none(), "forgotten: {:#?}", world.log);
+    assert!(world.hosts.values().all(|host| host.role(&"web".into()).is_none()));
+}
+
+#[test]
+fn fewer_shadows_are_given_up_and_more_are_made_when_asked_for() {
+    let mut world = protected(4, 4, 3);
+    for shadows in [1, 2, 3] {
+        world.enable("web", "h1", shadows);
+        world.run_ms(50);
+        assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+        assert_eq!(world.plan("web").unwrap().seats.len(), shadows as usize);
+    }
+}
