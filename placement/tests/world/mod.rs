@@ -390,7 +390,10 @@ impl World {
         self.say(format!("{name}: {order:?} -> {outcome:?}"));
         if struck && self.rng.percent(self.lost_replies) {
             self.say(format!("{name}: the answer is lost"));
-            return self.disconnect(name);
+            return match self.rng.percent(30) {
+                true => self.crash_agent(name, 300_000),
+                false => self.disconnect(name),
+            };
         }
         let (run, in_us) = (self.run, self.delay());
         self.at(in_us, What::Reply { run, host: name.clone(), connection, token, outcome });
