@@ -74,7 +74,7 @@ pub fn attach(
     let (layout, addresses) = ram_layout(domain)?;
     let layout = Arc::new(layout);
     let memory = GuestMemory::new(process.pid, Arc::clone(&layout), addresses)?;
-    let (tracker, tracker_reason) = choose_tracker(guard, &memory, options.tracker)?;
+    let (tracker, tracker_reason) = choose_tracker(guard, &memory, options.tracker, protect_mode(domain))?;
     let pipe = open_pipe(domain, guard, process, &options.run_dir)?;
     let cutter = Cutter::new(Arc::clone(guard), pipe, call, memory, tracker, options.bound)?;
     Ok(Attached { cutter, process, layout, tracker_reason })
@@ -95,6 +95,7 @@ fn choose_tracker(
     guard: &Guard,
     memory: &GuestMemory,
     choice: TrackerChoice,
+    mode: ProtectMode,
 ) -> Result<(Box<dyn Tracker>, String), AttachError> {
     if choice == TrackerChoice::Hash {
         return Ok((Box::new(HashTracker::new(memory)), "the configuration asks for it".into()));
@@ -105,7 +106,7 @@ fn choose_tracker(
             Injected::Userfaultfd(fd) => fd,
             _ => return Err("the guard sent no userfaultfd".into()),
         };
-        let tracker = UserfaultTracker::new(fd, memory, protect_mode()).map_err(|e| e.to_string())?;
+        let tracker = UserfaultTracker::new(fd, memory, mode).map_err(|e| e.to_string())?;
         Ok(Box::new(tracker))
     };
     match attempt() {
@@ -117,13 +118,16 @@ fn choose_tracker(
     }
 }
 
-/// One walk that reports and protects is the cheapest, but drops KVM's mappings of all it walks: on KVM two steps.
-/// `VIRT_SHADOW_PROTECT=combined|two-step` overrides it, to measure.
-fn protect_mode() -> ProtectMode {
+/// One walk that reports and protects is the cheapest, but drops KVM's mappings of all it walks: a guest under KVM
+/// gets two steps. `VIRT_SHADOW_PROTECT=combined|two-step` overrides it, to measure.
+fn protect_mode(domain: &Domain) -> ProtectMode {
+    let kvm = domain.qmp_call("query-kvm", serde_json::Value::Null);
     match std::env::var("VIRT_SHADOW_PROTECT").as_deref() {
         Ok("combined") => ProtectMode::Combined,
         Ok("two-step") => ProtectMode::TwoStep,
-        _ if Path::new("/sys/module/kvm").exists() && Path::new("/dev/kvm").exists() => ProtectMode::TwoStep,
+        _ if kvm.is_ok_and(|kvm| kvm.get("enabled").and_then(serde_json::Value::as_bool) == Some(true)) => {
+            ProtectMode::TwoStep
+        }
         _ => ProtectMode::Combined,
     }
 }

@@ -316,7 +316,8 @@ impl Capturing {
     }
 
     fn take_cut(&mut self, captured: Captured, epochs: &mut EpochNumbers) {
-        let Captured { dirty, pages, extras, device_state, at, .. } = captured;
+        let Captured { dirty, pages, extras, device_state, at, held, scan, copy } = captured;
+        tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
         match self.memory.mappings_digest() {
