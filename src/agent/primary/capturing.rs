@@ -92,8 +92,9 @@ pub(super) struct Capturing {
     totals: Totals,
     /// Totals of earlier attachments, which the source's own are added to.
     before: (u64, u64, u64),
-    /// Reads of the running guest's memory that must wait: the cut under way has stopped the guest already or not
-    /// yet, nobody knows, and a page read after it must not be taken for one from before.
+    /// Reads of the running guest's memory that must wait. The cut under way has stopped the guest already or not yet,
+    /// nobody knows, and a page read after it must not be taken for one from before. And before the tracker is ready
+    /// a page may be written after it was read without anybody noticing.
     deferred: Vec<SourceEffect>,
     outgoing: Vec<(String, Arc<[u8]>)>,
     closing: Vec<String>,
@@ -497,7 +498,7 @@ impl Capturing {
         loop {
             for effect in effects.drain(..) {
                 let reads = matches!(effect, SourceEffect::ReadLive { .. } | SourceEffect::ReadVerify { .. });
-                if reads && self.cutting_since.is_some() {
+                if reads && (self.cutting_since.is_some() || !self.ready) {
                     self.deferred.push(effect);
                     continue;
                 }
