@@ -65,8 +65,14 @@ impl Bed {
         Self { lab, fleet, guest, watch, shadows }
     }
 
+    /// Protects the guest, as soon as an agent that was killed is back.
     pub fn enable(&self) {
-        self.fleet.enable(GUEST, "host1", self.shadows, INTERVAL).unwrap();
+        let began = Instant::now();
+        while let Err(error) = self.fleet.enable(GUEST, "host1", self.shadows, INTERVAL) {
+            let passing = error.to_string().contains("not connected") && began.elapsed() < BACK_WITHIN;
+            assert!(passing, "{error}");
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     pub fn wait_protected(&self) -> GuestView {
