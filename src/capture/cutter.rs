@@ -20,9 +20,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmsync::batch::PageBatch;
 use vmsync::page_set::PageSet;
+use vmsync::units::PAGE_SIZE;
 
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
@@ -33,6 +35,8 @@ pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 
 /// Largest device state accepted; 200 KB is usual.
 pub const MAX_DEVICE_STATE_BYTES: usize = 64 << 20;
+/// What an unprivileged pipe may have at most by the kernel's default.
+const WIDE_PIPE_BYTES: i32 = 1 << 20;
 /// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.
 const QUIET_FOR: Duration = Duration::from_millis(20);
 
@@ -80,10 +84,21 @@ pub struct StatePipe {
 impl StatePipe {
     /// Sets the pipe to one page, so that QEMU waits for us after the first bytes.
     pub fn new(read_end: OwnedFd, write_fd: i32) -> io::Result<Self> {
-        use nix::fcntl::{FcntlArg, OFlag, fcntl};
-        fcntl(&read_end, FcntlArg::F_SETPIPE_SZ(4096))?;
         fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        Ok(Self { read_end: File::from(read_end), write_fd })
+        let pipe = Self { read_end: File::from(read_end), write_fd };
+        pipe.narrow()?;
+        Ok(pipe)
+    }
+
+    /// One page: QEMU waits for us after it.
+    fn narrow(&self) -> io::Result<()> {
+        fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(PAGE_SIZE as i32)).map(drop).map_err(Into::into)
+    }
+
+    /// Room for all of a usual state: QEMU need not wait for us page by page once we have what we stopped it for.
+    /// Where the kernel gives no more room, it waits as before.
+    fn widen(&self) {
+        let _ = fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES));
     }
 
     pub fn write_fd(&self) -> i32 {
@@ -204,6 +219,7 @@ impl Cutter {
                 if began.is_none() {
                     began = Some(Instant::now());
                     worked = Some(work(&mut *self.tracker, &mut self.carried));
+                    self.pipe.widen();
                 }
                 self.read_available(&mut state)?;
             }
@@ -214,6 +230,7 @@ impl Cutter {
             }
         };
         let ended = Instant::now();
+        self.pipe.narrow().map_err(CutError::Pipe)?;
         let fired = self.guard.end(self.slot)?;
         if fired {
             return Err(CutError::WatchdogFired(self.bound));
