@@ -159,6 +159,10 @@ impl Config {
         range("agent.watchdog_ms", self.agent.watchdog_ms, 20, 2_000)?;
         range("manager.heartbeat_ms", self.manager.heartbeat_ms, 20, 10_000)?;
         range("manager.suspect_ms", self.manager.suspect_ms, 100, 60_000)?;
+        if self.manager.suspect_ms < 2 * self.manager.heartbeat_ms {
+            let least = 2 * self.manager.heartbeat_ms;
+            return Err(("manager.suspect_ms", format!("must be at least two heartbeats, {least} ms")));
+        }
         range("manager.confirm_ms", self.manager.confirm_ms, 50, 60_000)
     }
 

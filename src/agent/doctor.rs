@@ -29,6 +29,7 @@ pub fn tracker(choice: TrackerChoice) -> (&'static str, String) {
     match (choice, uffd::probe()) {
         (TrackerChoice::Hash, _) => ("hash", "the configuration asks for it".into()),
         (_, Ok(())) => ("userfaultfd", "the kernel tracks writes exactly, at the least cost".into()),
+        (TrackerChoice::Userfaultfd, Err(missing)) => ("none", missing),
         (_, Err(missing)) => ("hash", missing),
     }
 }
@@ -42,7 +43,10 @@ pub fn examine(config: &Config, libvirt: &Libvirt, manager_connected: bool) -> D
         check("trace", may_trace(), true),
         check(
             "tracker",
-            if tracker == "hash" && config.agent.tracker != TrackerChoice::Hash {
+            if tracker == "none" {
+                let remedy = "set agent.tracker to auto, or use Linux 6.7 or newer";
+                Err((format!("userfaultfd is asked for but not possible: {tracker_why}"), remedy.into()))
+            } else if tracker == "hash" && config.agent.tracker != TrackerChoice::Hash {
                 let remedy = "with Linux 6.7 or newer cuts are 100 times cheaper than by comparing hashes";
                 Err((format!("hash: {tracker_why}"), remedy.into()))
             } else {
@@ -70,7 +74,7 @@ pub fn examine(config: &Config, libvirt: &Libvirt, manager_connected: bool) -> D
     let usable = ok("libvirt") && ok("qemu");
     DoctorReport {
         host: config.host.clone(),
-        primary: usable && ok("trace"),
+        primary: usable && ok("trace") && tracker != "none",
         standby: usable,
         tracker: tracker.into(),
         checks,

@@ -33,6 +33,11 @@ pub enum AttachError {
     Tracker(#[from] TrackerError),
     #[error(transparent)]
     Cut(#[from] CutError),
+    #[error(
+        "comparing hashes would stop {domain} for about {estimate_ms} ms at each cut, more than the watchdog's \
+         {bound_ms} ms; userfaultfd is not used because: {reason}. Use Linux 6.7 or newer, or raise agent.watchdog_ms"
+    )]
+    TooSlow { domain: String, estimate_ms: u128, bound_ms: u128, reason: String },
     #[error("pipe of {domain}: {source}")]
     Pipe { domain: String, source: io::Error },
 }
@@ -75,6 +80,14 @@ pub fn attach(
     let layout = Arc::new(layout);
     let memory = GuestMemory::new(process.pid, Arc::clone(&layout), addresses)?;
     let (tracker, tracker_reason) = choose_tracker(guard, &memory, options.tracker, protect_mode(domain))?;
+    if tracker.name() == "hash" && hash_time(&layout) > options.bound {
+        return Err(AttachError::TooSlow {
+            domain: domain.name().into(),
+            estimate_ms: hash_time(&layout).as_millis(),
+            bound_ms: options.bound.as_millis(),
+            reason: tracker_reason,
+        });
+    }
     let pipe = open_pipe(domain, guard, process, &options.run_dir)?;
     let cutter = Cutter::new(Arc::clone(guard), pipe, call, memory, tracker, options.bound)?;
     Ok(Attached { cutter, process, layout, tracker_reason })
@@ -89,6 +102,11 @@ pub fn detach(guard: &Guard, process: QemuProcess, uuid: &str, run_dir: &Path) {
         tracing::warn!(uuid, %error, "QEMU keeps one end of a closed pipe");
     }
     let _ = fs::remove_file(path);
+}
+
+/// What reading and hashing all RAM takes, at the 2.5 GB/s measured.
+fn hash_time(layout: &RamLayout) -> Duration {
+    Duration::from_micros(layout.total_bytes() / 2_500)
 }
 
 fn choose_tracker(

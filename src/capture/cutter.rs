@@ -34,7 +34,7 @@ use super::tracker::{Tracker, TrackerError};
 pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 
 /// Largest device state accepted; 200 KB is usual.
-pub const MAX_DEVICE_STATE_BYTES: usize = 64 << 20;
+pub use vmsync::device_state::MAX_DEVICE_STATE_BYTES;
 /// What an unprivileged pipe may have at most by the kernel's default.
 const WIDE_PIPE_BYTES: i32 = 1 << 20;
 /// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.

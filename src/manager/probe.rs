@@ -1,34 +1,13 @@
 //! Does a host answer at all?
 
-use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use crate::transport;
 
-/// Between attempts that failed at once, such as for lack of a route.
-const AGAIN: Duration = Duration::from_millis(50);
-
-/// Tries to connect until `timeout` has passed. True if anything comes back from that host: an accepted connection, or
-/// a refusal, which its kernel sends even when no agent listens.
+/// [`transport::answers`] off the runtime: within `timeout`, several attempts.
 pub async fn answers(addr: SocketAddr, timeout: Duration) -> bool {
-    let end = Instant::now() + timeout;
-    loop {
-        match timeout_at(end, TcpStream::connect(addr)).await {
-            Ok(Ok(_)) => return true,
-            Ok(Err(error)) if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset) => {
-                return true;
-            }
-            // Routers and our own kernel say "unreachable"; that is nobody's sign of life.
-            Ok(Err(_)) if Instant::now() + AGAIN < end => sleep(AGAIN).await,
-            Ok(Err(_)) => {
-                tokio::time::sleep_until(end).await;
-                return false;
-            }
-            Err(_) => return false,
-        }
-    }
+    tokio::task::spawn_blocking(move || transport::answers(addr, timeout)).await.unwrap_or(false)
 }
 
 #[cfg(test)]

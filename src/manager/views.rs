@@ -5,7 +5,7 @@ use placement::{GuestId, HostName};
 
 use super::core::State;
 use crate::api::control::{PeerStatus, PrimaryStatus, ShadowStatus};
-use crate::api::types::{CaptureStats, GuestState, GuestView, HostRef, HostState, HostView, ShadowState, ShadowView};
+use crate::api::types::{GuestState, GuestView, HostRef, HostState, HostView, ShadowState, ShadowView};
 
 impl State {
     pub(super) fn host_views(&self) -> Vec<HostView> {
@@ -62,7 +62,7 @@ impl State {
             shadows_wanted: plan.shadows_wanted,
             interval_ms: plan.interval_ms,
             memory_bytes: primary.map_or(plan.memory_mib << 20, |primary| primary.memory_bytes),
-            capture: primary.map(|primary| primary.stats.clone()).unwrap_or_else(CaptureStats::default),
+            capture: primary.map(|primary| primary.stats.clone()).unwrap_or_default(),
             shadows,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 
@@ -28,10 +28,23 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)
 }
 
-/// Whether the kernel of a host answers at all: a connection and its refusal both count, silence does not.
+/// Whether the kernel of a host answers at all: a connection, its refusal and its reset all count, silence does not.
+/// Tries several times: one lost packet is not silence, and the kernel itself repeats it only after a second.
 pub fn answers(addr: SocketAddr, within: Duration) -> bool {
-    match TcpStream::connect_timeout(&addr, within) {
-        Ok(_) => true,
-        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
-    }
+    const TRIES: u32 = 3;
+    let each = (within / TRIES).max(Duration::from_millis(1));
+    (0..TRIES).any(|_| {
+        let tried = Instant::now();
+        match TcpStream::connect_timeout(&addr, each) {
+            Ok(_) => true,
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset) => {
+                true
+            }
+            Err(_) => {
+                // No route, say, fails at once; it may be there a moment later.
+                std::thread::sleep(each.saturating_sub(tried.elapsed()));
+                false
+            }
+        }
+    })
 }

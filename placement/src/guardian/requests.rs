@@ -10,7 +10,7 @@ use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
 use crate::units::{Epoch, GuestId, HostName, Moment, Term};
 
 /// Bounds of the time between cuts, milliseconds.
-pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 5..=60_000;
+pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 
 /// An `Enable` with its fields.
 struct Wish {

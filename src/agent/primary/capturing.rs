@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use vmsync::batch::PageBatch;
 use vmsync::message::RefuseCode;
 use vmsync::source::{
-    Cut, CutPlan, PeerState, PeerVerdict, PeerView, Source, SourceAlarm, SourceConfig, SourceEffect, SourceEvent,
-    SourceLimits,
+    Cut, CutPlan, PeerView, Source, SourceAlarm, SourceConfig, SourceEffect, SourceEvent, SourceLimits,
 };
 use vmsync::units::{Epoch, GuestUuid, Lineage, Millis, PeerId, Term};
 
@@ -17,17 +16,19 @@ use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::FinalCut;
 use super::peers::PeerEvent;
+use super::report::{peer_status, verify_report};
 use super::session::{Input, Session};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
 use crate::agent::stats::{Dirty, Pauses, Rate};
-use crate::api::control::{PeerStatus, PrimaryStatus};
-use crate::api::types::{ApiError, CaptureStats, ShadowState, VerifyReport, VerifyShadow};
+use crate::api::control::PrimaryStatus;
+use crate::api::types::{ApiError, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
 use crate::hypervisor::process::QemuProcess;
+use crate::hypervisor::xml::GuestDefinition;
 use crate::hypervisor::{Domain, DomainState, XmlKind};
 use crate::standby::ShadowDescription;
 
@@ -58,6 +59,7 @@ pub(super) struct Totals {
 
 pub(super) struct Capturing {
     guest: String,
+    uuid: String,
     host: String,
     started: Instant,
     pub(super) domain: LiveDomain,
@@ -114,6 +116,7 @@ impl Capturing {
             return Err(format!("domain {} is {state:?}, not running", spec.domain));
         }
         let definition = definition_of(&domain)?;
+        refuse_what_cannot_be_captured(&definition)?;
         let description = description_of(&domain, &definition)?;
         let guard = context.guards.get().map_err(|e| text(&e))?;
         let options =
@@ -154,9 +157,10 @@ impl Capturing {
         let now = Instant::now();
         Ok(Self {
             guest: spec.domain,
+            uuid: spec.uuid.clone(),
             host: context.host.clone(),
             started: now,
-            domain: LiveDomain::new(Arc::clone(&context.libvirt), &spec.uuid),
+            domain: LiveDomain::new(Arc::clone(&context.libvirt), &session.spec.uuid),
             process,
             memory,
             mappings,
@@ -175,7 +179,7 @@ impl Capturing {
             problem: String::new(),
             paused: state == DomainState::Paused,
             devices_changed_at: None,
-            final_cut: None,
+            final_cut: FinalCut::left_behind(&session.context.run_dir, &session.spec.uuid),
             verify: Vec::new(),
             refusals: BTreeMap::new(),
             lost: BTreeMap::new(),
@@ -196,6 +200,9 @@ impl Capturing {
     pub(super) fn detach(self, context: &PrimaryContext, uuid: &str, for_good: bool) {
         for reply in self.verify {
             let _ = reply.send(Err(ApiError::new("unavailable", "the guest is no longer captured; try again")));
+        }
+        if for_good {
+            FinalCut::forget(&context.run_dir, uuid);
         }
         if for_good && let Ok(guard) = context.guards.get() {
             // A cut under way ends first: its pipe must not vanish under QEMU.
@@ -587,38 +594,20 @@ impl Capturing {
         status.peers = peers.collect();
     }
 
+    pub(super) fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    pub(super) fn run_dir(&self) -> &std::path::Path {
+        &self.context.run_dir
+    }
+
     pub(super) fn host(&self) -> &str {
         &self.host
     }
 
     pub(super) fn guest(&self) -> &str {
         &self.guest
-    }
-}
-
-fn peer_status(
-    host: String,
-    view: PeerView,
-    rate: u64,
-    refusals: &BTreeMap<String, String>,
-    lost: &BTreeMap<String, String>,
-) -> PeerStatus {
-    let refused = refusals.get(&host);
-    let lost = lost.get(&host).cloned();
-    let state = match view.state {
-        PeerState::Disconnected if refused.is_some() => ShadowState::Refused,
-        PeerState::Disconnected => ShadowState::Disconnected,
-        PeerState::Syncing => ShadowState::Syncing,
-        PeerState::Following => ShadowState::Following,
-    };
-    PeerStatus {
-        state,
-        reason: refused.cloned().or(lost).unwrap_or(view.reason),
-        committed_epoch: view.committed.map_or(0, Epoch::get),
-        lag_ms: view.lag.map_or(0, Millis::get),
-        wire_bytes_per_s: rate,
-        pending_pages: view.pending_pages,
-        host,
     }
 }
 
@@ -679,29 +668,6 @@ fn perform(effect: SourceEffect, memory: &GuestMemory, guest: &str, out: &mut Ou
     None
 }
 
-fn verify_report(guest: &str, report: vmsync::source::VerifyReport, memory: &GuestMemory) -> VerifyReport {
-    let shadows = report.peers.iter().map(|(peer, verdict)| {
-        let (pages_compared, difference) = match verdict {
-            PeerVerdict::Compared { pages_compared, pages_different, first_difference, device_state_equal } => {
-                let mut parts = Vec::new();
-                if let Some(first) = first_difference {
-                    let block = memory.layout().block(first.block).map_or("?", |block| block.name.as_str());
-                    let at = first.page.byte_offset();
-                    parts.push(format!("{pages_different} pages, the first at {at:#x} of {block}"));
-                }
-                if !device_state_equal {
-                    parts.push("the device state".into());
-                }
-                (*pages_compared, parts.join(" and "))
-            }
-            PeerVerdict::NotCompared(reason) => (0, reason.to_string()),
-        };
-        let host = peer.as_str().to_owned();
-        VerifyShadow { host, equal: verdict.is_equal(), pages_compared, difference }
-    });
-    VerifyReport { domain: guest.into(), epoch: report.epoch.get(), shadows: shadows.collect() }
-}
-
 /// Sends commands over whatever connection to libvirt there is at that moment.
 fn monitor_call(domain: LiveDomain) -> crate::capture::cutter::MonitorCall {
     Arc::new(move |command| {
@@ -713,6 +679,16 @@ fn monitor_call(domain: LiveDomain) -> crate::capture::cutter::MonitorCall {
 fn definition_of(domain: &Domain) -> Result<String, String> {
     let xml = domain.xml(XmlKind::Migratable).map_err(|e| e.to_string())?;
     Ok(xml.lines().filter(|line| !line.trim_start().starts_with("<currentMemory")).collect::<Vec<_>>().join("\n"))
+}
+
+/// What `enable` refuses may also be plugged into a protected guest later.
+fn refuse_what_cannot_be_captured(xml: &str) -> Result<(), String> {
+    let definition = GuestDefinition::parse(xml).map_err(|e| e.to_string())?;
+    let refusals = definition.refusals();
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    Err(refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
 }
 
 /// What the shadow's host needs to make the waiting domain.

@@ -5,7 +5,12 @@
 //!                                                                                |
 //!                                  anything fails or takes too long: the guest goes on here
 //! ```
+//! Held, the guest waits for the manager's word. If none comes it goes on here after a while, but only while the
+//! shadow's host answers and has not said that the guest runs there: it refuses the stream of a former primary. A
+//! file tells a restarted agent that the guest stands still for our sake and not for an operator's.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmsync::source::PeerState;
@@ -15,8 +20,10 @@ use super::capturing::Capturing;
 use crate::api::types::ApiError;
 
 /// How long the shadow may take to be level before the guest is suspended, and to commit the last epoch after.
-const LEVEL_WITHIN: Duration = Duration::from_secs(10);
+const LEVEL_WITHIN: Duration = Duration::from_millis(2_500);
 const COMMIT_WITHIN: Duration = Duration::from_secs(2);
+/// How long a held guest waits for the manager's word: longer than the manager gives a promotion.
+const DECIDED_WITHIN: Duration = Duration::from_secs(20);
 
 pub(super) struct FinalCut {
     to: String,
@@ -25,9 +32,27 @@ pub(super) struct FinalCut {
     suspended: Option<Instant>,
     guest_ran: bool,
     epoch: Option<u64>,
+    marker: PathBuf,
+}
+
+fn marker_path(run_dir: &Path, uuid: &str) -> PathBuf {
+    run_dir.join("held").join(uuid)
 }
 
 impl FinalCut {
+    /// What an agent that ended meanwhile left: a guest that it had suspended for a switchover to a host.
+    pub(super) fn left_behind(run_dir: &Path, uuid: &str) -> Option<Self> {
+        let marker = marker_path(run_dir, uuid);
+        let to = fs::read_to_string(&marker).ok()?;
+        let now = Instant::now();
+        Some(Self { to, reply: None, asked: now, suspended: Some(now), guest_ran: true, epoch: Some(0), marker })
+    }
+
+    /// The guest was destroyed, or goes on: the next agent must not take it for held.
+    pub(super) fn forget(run_dir: &Path, uuid: &str) {
+        let _ = fs::remove_file(marker_path(run_dir, uuid));
+    }
+
     /// Whether the guest shall run where it is promoted.
     pub(super) fn guest_ran(&self) -> bool {
         self.guest_ran
@@ -61,6 +86,7 @@ impl Capturing {
             suspended: None,
             guest_ran: !self.paused,
             epoch: None,
+            marker: marker_path(self.run_dir(), self.uuid()),
         });
         self.advance_final_cut(Instant::now());
     }
@@ -68,8 +94,11 @@ impl Capturing {
     /// Does the next part of a switchover that is under way. Called between cuts.
     pub(super) fn advance_final_cut(&mut self, now: Instant) {
         let Some(final_cut) = &self.final_cut else { return };
-        if final_cut.reply.is_none() || self.cutting_since.is_some() {
+        if self.cutting_since.is_some() {
             return;
+        }
+        if final_cut.reply.is_none() {
+            return self.wait_for_decision(now);
         }
         let (to, suspended, epoch) = (final_cut.to.clone(), final_cut.suspended, final_cut.epoch);
         let asked = final_cut.asked;
@@ -100,7 +129,26 @@ impl Capturing {
         }
     }
 
+    /// The manager may have died between the last epoch and the promotion.
+    fn wait_for_decision(&mut self, now: Instant) {
+        let Some(final_cut) = &self.final_cut else { return };
+        let overdue = final_cut.suspended.is_none_or(|at| now > at + DECIDED_WITHIN);
+        let to = final_cut.to.clone();
+        // A shadow that was promoted refuses this stream and is not level with it.
+        let still_shadow = self.view_of(&to).is_some_and(|view| view.state == PeerState::Following);
+        if overdue && still_shadow {
+            self.resume_after_final_cut("the manager did not decide in time, and the shadow still waits");
+        }
+    }
+
     fn suspend_and_cut(&mut self, now: Instant) {
+        if let Some(final_cut) = self.final_cut.as_ref().filter(|final_cut| final_cut.guest_ran) {
+            let (marker, to) = (final_cut.marker.clone(), final_cut.to.clone());
+            let dir = marker.parent().map_or(Ok(()), fs::create_dir_all);
+            if let Err(error) = dir.and_then(|()| fs::write(&marker, to)) {
+                return self.give_up_final_cut(&format!("cannot write {}: {error}", marker.display()));
+            }
+        }
         if let Err(error) = self.domain.get().and_then(|domain| domain.suspend()) {
             return self.give_up_final_cut(&error.to_string());
         }
@@ -126,6 +174,7 @@ impl Capturing {
 
     fn resume_after_final_cut(&mut self, reason: &str) {
         let Some(final_cut) = self.final_cut.take() else { return };
+        let _ = fs::remove_file(&final_cut.marker);
         if final_cut.suspended.is_some() && final_cut.guest_ran {
             tracing::warn!(guest = self.guest(), reason, "switchover given up; the guest goes on here");
             if let Err(error) = self.domain.get().and_then(|domain| domain.resume()) {

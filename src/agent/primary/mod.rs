@@ -14,6 +14,7 @@ mod epochs;
 mod exit_watch;
 mod final_cut;
 mod peers;
+mod report;
 mod session;
 mod watch;
 

@@ -150,6 +150,11 @@ fn find_slot(shadows: &Arc<Shadows>, message: &SourceMessage, from: SocketAddr) 
     };
     let uuid = hello.guest.to_string();
     shadows.slot(&uuid).ok_or_else(|| {
+        // A former primary must learn that the guest runs here by now, or that another term is known.
+        if let Some(known) = shadows.known_term(&uuid).filter(|known| *known > message.term.get()) {
+            let text = format!("{} knows term {known} of guest {}", shadows.shared.host, hello.domain);
+            return refusal_knowing(RefuseCode::StaleTerm, message.term, &text, Term::new(known));
+        }
         tracing::debug!(%from, uuid, "no shadow of this guest is kept here");
         let text = format!("{} does not keep a shadow of guest {}", shadows.shared.host, hello.domain);
         refusal(RefuseCode::UnknownGuest, message.term, &text)
@@ -157,5 +162,9 @@ fn find_slot(shadows: &Arc<Shadows>, message: &SourceMessage, from: SocketAddr) 
 }
 
 fn refusal(code: RefuseCode, term: Term, text: &str) -> Arc<[u8]> {
-    encode(term, Epoch::NONE, &TargetBody::Refuse { code, text: text.into(), known_term: Term::default() }).bytes
+    refusal_knowing(code, term, text, Term::default())
+}
+
+fn refusal_knowing(code: RefuseCode, term: Term, text: &str, known_term: Term) -> Arc<[u8]> {
+    encode(term, Epoch::NONE, &TargetBody::Refuse { code, text: text.into(), known_term }).bytes
 }

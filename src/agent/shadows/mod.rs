@@ -48,6 +48,7 @@ pub struct Promoted {
 /// All shadows of this host.
 pub struct Shadows {
     shared: Arc<Shared>,
+    records: Arc<Records>,
     slots: Mutex<BTreeMap<String, Arc<Slot>>>,
     /// Promotions done, so that a repeated command gets the same answer.
     promoted: Mutex<BTreeMap<String, Promoted>>,
@@ -67,6 +68,7 @@ impl Shadows {
         let shared = Arc::new(Shared { host: config.host.clone(), run_dir: config.run_dir.clone(), libvirt, starting });
         let shadows = Arc::new(Self {
             shared,
+            records: Arc::clone(&records),
             slots: Mutex::default(),
             promoted: Mutex::default(),
             next_connection: AtomicU64::new(1),
@@ -120,7 +122,9 @@ impl Shadows {
     /// From now on a primary with `term` may keep a shadow of this guest here.
     pub fn accept(&self, uuid: &str, domain: &str, term: u64, primary: &str) -> Result<(), ApiError> {
         let mut slots = lock(&self.slots);
-        if !slots.contains_key(uuid) {
+        if let Some(slot) = slots.get(uuid) {
+            slot.term_known(term);
+        } else {
             let slot = Slot::new(Arc::clone(&self.shared), uuid, domain, term)?;
             slots.insert(uuid.into(), slot);
             lock(&self.promoted).remove(uuid);
@@ -150,6 +154,12 @@ impl Shadows {
         lock(&self.promoted).insert(uuid.into(), promoted);
         lock(&self.slots).remove(uuid);
         Ok(promoted)
+    }
+
+    /// Highest term of the guest that this host knows.
+    fn known_term(&self, uuid: &str) -> Option<u64> {
+        let promoted = lock(&self.promoted).get(uuid).map(|promoted| promoted.term);
+        promoted.max(self.records.get(uuid).map(|record| record.term))
     }
 
     /// Epoch that this host's copy of the guest was promoted from; 0 if it was not.

@@ -402,6 +402,11 @@ impl Slot {
         }
     }
 
+    /// The manager says that the guest's primaryship has this term now.
+    pub(super) fn term_known(self: &Arc<Self>, term: u64) {
+        self.step(TargetEvent::TermKnown { term: Term::new(term) });
+    }
+
     pub(super) fn promote(self: &Arc<Self>, term: u64, after_epoch: u64) -> Result<Promoted, ApiError> {
         let mut inner = self.lock();
         if let Some(done) = inner.done.filter(|done| done.term == term) {
