@@ -99,10 +99,14 @@ fn at_rest(world: &World, guest: &str) -> bool {
     }
 }
 
+#[allow(clippy::disallowed_methods, reason = "which seeds to run is told from outside")]
+fn from_environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
 #[test]
 fn random_accidents() {
-    let runs: u64 = std::env::var("GUARDIAN_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(100);
-    let first: u64 = std::env::var("GUARDIAN_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let (runs, first) = (from_environment("GUARDIAN_RUNS", 100), from_environment("GUARDIAN_SEED", 1));
     let (mut moved, mut lost) = (0, 0);
     for seed in first..first + runs {
         let guard = Seed(seed);

@@ -54,6 +54,8 @@ pub(super) enum Input {
     /// Looks at the state.
     Read(Box<dyn FnOnce(&State) + Send>),
     Tick,
+    /// Close the database and end.
+    Stop,
 }
 
 /// What an agent says of itself for people to see.
@@ -95,13 +97,16 @@ impl Core {
         Ok(State { guardian, store, heartbeats: BTreeMap::new(), about: BTreeMap::new(), now, generation })
     }
 
-    /// Until all senders of `inputs` are gone.
+    /// Until it is told to stop, or all senders of `inputs` are gone.
     pub(super) fn run(self, mut state: State, mut inputs: mpsc::Receiver<(Instant, Input)>) {
         let mut waiting = Waiting::default();
         while let Some((at, input)) = inputs.blocking_recv() {
             // Inputs carry the time they came in, so that a slow disk makes nobody look silent. Time never goes back.
             let now = Moment::from_us(at.saturating_duration_since(self.began).as_micros() as u64);
             state.now = state.now.max(now);
+            if matches!(input, Input::Stop) {
+                return;
+            }
             if let Err(error) = self.take(&mut state, at, input, &mut waiting) {
                 tracing::error!("the manager's database cannot be written, nothing is decided until it can: {error}");
                 waiting = Waiting::default();
@@ -168,6 +173,7 @@ impl Core {
                 Ok(())
             }
             Input::Tick => self.step(state, Event::Tick, waiting),
+            Input::Stop => Ok(()),
         }
     }
 

@@ -173,11 +173,12 @@ async fn tick(inputs: mpsc::Sender<(Instant, Input)>, mut shutdown: watch::Recei
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            _ = ticks.tick() => (),
-            _ = shutdown.wait_for(|stop| *stop) => return,
-        }
-        if inputs.send((Instant::now(), Input::Tick)).await.is_err() {
+        let input = tokio::select! {
+            _ = ticks.tick() => Input::Tick,
+            _ = shutdown.wait_for(|stop| *stop) => Input::Stop,
+        };
+        let last = matches!(input, Input::Stop);
+        if inputs.send((Instant::now(), input)).await.is_err() || last {
             return;
         }
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::context::Context;
 use super::failover::{self, Cause};
 use super::model::{Guest, GuestPlan, Leave, Live, Phase};
-use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, switchover};
+use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, switchover, upkeep};
 use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
 use crate::units::{Epoch, GuestId, HostName, Moment, Term};
 
@@ -196,12 +196,8 @@ fn disable(guest: &mut Guest, cx: &mut Context<'_>, id: RequestId) {
     guest.plan.former.insert(guest.plan.primary.clone(), Leave::Release);
     guest.plan.phase = Phase::Leaving;
     guest.live = Live::new(cx.now);
-    if cx.is_connected(&guest.plan.primary) {
-        guest.live.asker = Some(id);
-    } else {
-        let message = format!("{} is not connected; it is told when it comes back", guest.plan.primary);
-        cx.answer(Some(id), Ok(Reply::Disabled { message }));
-    }
+    guest.live.asker = Some(id);
+    upkeep::tell_disabled(guest, cx);
 }
 
 fn promote(

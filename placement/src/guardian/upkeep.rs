@@ -340,12 +340,23 @@ fn leave_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
             guest.live.leaves.insert(host.clone(), Seat::failed(reason, attempts, cx.now));
         }
     }
-    if guest.plan.phase == Phase::Leaving && host == guest.plan.primary {
-        let message = match guest.plan.former.contains_key(&host) {
-            true => format!("{host} has not released it yet; it is told again until it does"),
-            false => String::new(),
-        };
-        let asker = guest.live.asker.take();
-        cx.answer(asker, Ok(Reply::Disabled { message }));
+    if guest.plan.phase == Phase::Leaving {
+        tell_disabled(guest, cx);
     }
+}
+
+/// Answers who asked for it, once every host within reach was told.
+pub(super) fn tell_disabled(guest: &mut Guest, cx: &mut Context<'_>) {
+    let open =
+        |host: &&HostName| cx.is_connected(host) && !matches!(guest.live.leaves.get(*host), Some(Seat::Failed { .. }));
+    if guest.plan.former.keys().any(|host| open(&host)) {
+        return;
+    }
+    let names: Vec<_> = guest.plan.former.keys().map(HostName::as_str).collect();
+    let message = match names.as_slice() {
+        [] => String::new(),
+        names => format!("{} could not be told yet and will be when possible", names.join(", ")),
+    };
+    let asker = guest.live.asker.take();
+    cx.answer(asker, Ok(Reply::Disabled { message }));
 }
