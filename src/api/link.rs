@@ -111,6 +111,7 @@ impl AgentLink {
             connected,
             alive: alive_seen,
             shutdown,
+            slots: Arc::new(tokio::sync::Semaphore::new(MAX_COMMANDS_IN_FLIGHT)),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("manager-link".into()).spawn(move || runtime.block_on(driver.run()))?;

@@ -153,7 +153,7 @@ pub struct Enable {
     pub shadows: Option<u32>,
     /// Milliseconds between two cuts
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_INTERVAL_MS,
-          value_parser = clap::value_parser!(u64).range(5..=60_000))]
+          value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub interval: u64,
     /// Host that must keep a shadow; may be repeated. The rest is chosen
     #[arg(long, value_name = "HOST")]
@@ -208,7 +208,7 @@ mod tests {
             "virt-shadow enable",
             "virt-shadow enable web --shadows 0",
             "virt-shadow enable web --shadows 9",
-            "virt-shadow enable web --interval 4",
+            "virt-shadow enable web --interval 9",
             "virt-shadow enable web --wait soon",
             "virt-shadow watch --interval 0",
             "virt-shadow list web",

@@ -32,6 +32,8 @@ pub(super) struct Driver<S> {
     pub(super) connected: watch::Sender<bool>,
     pub(super) alive: watch::Receiver<()>,
     pub(super) shutdown: watch::Receiver<bool>,
+    /// Commands that may be worked on; those of former sessions count until they end.
+    pub(super) slots: Arc<tokio::sync::Semaphore>,
 }
 
 /// How a session ended.
@@ -147,10 +149,9 @@ impl<S: AgentStatus> Driver<S> {
     }
 
     async fn read(&self, mut reader: OwnedReadHalf, out: mpsc::Sender<ToManager>) -> Ended {
-        let slots = Arc::new(tokio::sync::Semaphore::new(MAX_COMMANDS_IN_FLIGHT));
         loop {
             match read_frame(&mut reader).await {
-                Ok(Some(ToAgent::Request { id, command })) => self.carry_out(id, command, &out, &slots),
+                Ok(Some(ToAgent::Request { id, command })) => self.carry_out(id, command, &out),
                 Ok(Some(ToAgent::ApiReply { id, status, body })) => {
                     if let Some(answer) = self.shared.session().calls.remove(&id) {
                         // The caller may have given up.
@@ -166,8 +167,8 @@ impl<S: AgentStatus> Driver<S> {
     }
 
     /// Runs a command on the agent's runtime; its answer goes to this session, or nowhere when that has ended.
-    fn carry_out(&self, id: u64, command: Command, out: &mpsc::Sender<ToManager>, slots: &Arc<tokio::sync::Semaphore>) {
-        let slot = slots.clone().try_acquire_owned();
+    fn carry_out(&self, id: u64, command: Command, out: &mpsc::Sender<ToManager>) {
+        let slot = self.slots.clone().try_acquire_owned();
         let (handler, out, runtime) = (self.handler.clone(), out.clone(), self.commands_on.clone());
         self.commands_on.spawn(async move {
             let outcome = if slot.is_err() {
