@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -14,9 +13,6 @@ use virt_shadow::lab::{MANAGER, QemuUser};
 /// Of a guest whose agent fails; the watchdog lets a stopped one go after 300 ms.
 const SILENCE_MAX_MS: f64 = 2_000.0;
 const PRIMARY: &str = "host1";
-
-/// One lab at a time: two would take each other's processor.
-static ONE_LAB: Mutex<()> = Mutex::new(());
 
 /// Does `fault` to a protected guest, and checks that it noticed nothing and is protected again afterwards.
 fn trial(bed: &Bed, name: &str, fault: impl FnOnce()) {
@@ -55,7 +51,7 @@ fn disable(bed: &Bed) {
 
 #[test]
 fn the_primarys_agent_fails_at_any_moment() {
-    let _lab = ONE_LAB.lock().unwrap_or_else(PoisonError::into_inner);
+    let _lab = support::one_lab();
     let mut random = Random::from_env();
     let bed = Bed::raise("agent", 3, 2, QemuUser::Root);
     bed.enable();
@@ -131,7 +127,7 @@ fn the_primarys_agent_fails_at_any_moment() {
 
 #[test]
 fn all_around_the_guest_fails() {
-    let _lab = ONE_LAB.lock().unwrap_or_else(PoisonError::into_inner);
+    let _lab = support::one_lab();
     let mut random = Random::from_env();
     let bed = Bed::raise("around", 4, 2, QemuUser::Root);
     bed.enable();

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each test file uses its part.
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -20,6 +21,12 @@ const ASK_EVERY: Duration = Duration::from_millis(5);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// A comparison that meets a connection just lost is made again for so long.
 const VERIFY_WITHIN: Duration = Duration::from_secs(30);
+
+/// One lab at a time: two would take each other's processor.
+pub fn one_lab() -> MutexGuard<'static, ()> {
+    static ONE_LAB: Mutex<()> = Mutex::new(());
+    ONE_LAB.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Moments by a seed that is printed, so that a failure can be repeated.
 pub struct Random(u64);
