@@ -306,6 +306,10 @@ fn strange(host: &HostName, done: &Done) -> ApiError {
 }
 
 fn parse<T: DeserializeOwned>(body: Value) -> Result<T, ApiError> {
+    // A list would be taken for the fields in their order.
+    if !body.is_object() {
+        return Err(invalid("request: expected a JSON object".into()));
+    }
     serde_json::from_value(body).map_err(|error| invalid(format!("request: {error}")))
 }
 
