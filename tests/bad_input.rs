@@ -103,7 +103,7 @@ fn orders_that_cannot_be_carried_out_are_refused_with_reason_and_remedy() {
                 /var/lib/libvirt/still.img vda --config && virsh -q start still";
     let output = bed.lab.exec("host2", &["sh", "-c", disk]).unwrap();
     assert!(output.status.success(), "{output:?}");
-    refused(fleet.enable("still", "host2", 1, INTERVAL), &["refused", "vda", "disk"]);
+    refused(fleet.enable("still", "host2", 1, INTERVAL), &["disk vda is writable", "<readonly/>"]);
 
     refused(fleet.switchover(GUEST, Some("moon")), &["no shadow on moon", "host2", "host3"]);
     refused(fleet.switchover(GUEST, Some("host1")), &["primary on host1 already"]);
