@@ -158,6 +158,8 @@ impl Agent {
         shadows: Vec<ShadowTarget>,
     ) -> Result<Done, ApiError> {
         self.record(&uuid, Some(&domain), term, Role::Primary)?;
+        let (promoted, guest) = (Arc::clone(&self.shadows), uuid.clone());
+        blocking(move || promoted.wait_finished(&guest)).await?;
         let interval = Duration::from_millis(interval_ms.clamp(10, 60_000));
         let after_epoch = self.shadows.promoted_epoch(&uuid);
         let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, shadows, after_epoch };

@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::announce::announce;
 use super::error::{Result, StandbyError};
 use super::feed;
+use super::image::Image;
 use super::record::{self, Phase, Record};
 use super::shadow::{Adopted, Shadow, WAITING};
 use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml};
@@ -59,15 +60,39 @@ pub struct Timings {
     pub total_us: u64,
 }
 
+/// A promoted guest that runs, but is not announced yet, nor defined for good.
+#[derive(Debug)]
+pub struct Started {
+    watch: LoadWatch,
+    run_dir: PathBuf,
+    interfaces: Vec<Interface>,
+    image: Image,
+    timings: Timings,
+}
+
+impl Started {
+    /// Announces the guest, gives it its persistent definition and forgets that it was a shadow. Nothing of it is
+    /// fatal: the guest runs.
+    pub fn finish(self) -> Promotion {
+        let Self { watch, run_dir, interfaces, image, timings } = self;
+        let mut promotion = finish(&watch.hypervisor, &watch.domain, &watch.record, &run_dir, &interfaces, timings);
+        drop(image);
+        promotion.timings.total_us = micros(watch.began.elapsed());
+        promotion
+    }
+}
+
 impl Shadow {
     /// Starts the guest from the image and `device_state`, the bytes QEMU's `xen-save-devices-state` wrote at the
     /// same cut. With `running` false it stays paused, as it was when it was cut.
+    ///
+    /// The guest runs when this returns; what is left to do is [`Started::finish`]'s, and must be done soon.
     ///
     /// `hypervisor` is the connection of this moment. If this fails before anything was written the shadow still
     /// waits and [`Shadow::adopt`] finds it; after [`StandbyError::NotLoaded`] it is of no more use and
     /// [`Shadow::remove`] clears it away; after [`StandbyError::OutcomeUnknown`] [`Shadow::adopt`] tells what became
     /// of it.
-    pub fn promote(mut self, hypervisor: &Arc<Hypervisor>, device_state: &[u8], running: bool) -> Result<Promotion> {
+    pub fn promote(mut self, hypervisor: &Arc<Hypervisor>, device_state: &[u8], running: bool) -> Result<Started> {
         let began = Instant::now();
         let elapsed_us = || micros(began.elapsed());
         let name = self.record.name.clone();
@@ -92,11 +117,7 @@ impl Shadow {
         let mut timings = Timings { written_us: elapsed_us(), ..Timings::default() };
         timings.running_us = if running { watch.wait_running()? } else { watch.wait_loaded("paused")? };
         timings.verified_us = elapsed_us();
-        // The guest runs; from here on nothing is urgent and nothing is fatal.
-        let mut promotion = finish(&watch.hypervisor, &watch.domain, &watch.record, &run_dir, &interfaces, timings);
-        drop(image);
-        promotion.timings.total_us = elapsed_us();
-        Ok(promotion)
+        Ok(Started { watch, run_dir, interfaces, image, timings })
     }
 }
 
@@ -173,6 +194,7 @@ fn define(hypervisor: &Hypervisor, record: &Record) -> std::result::Result<(), S
 
 /// Watches a shadow that has got its state, through whatever connection there is: the state cannot be taken back, so
 /// a libvirtd that ends in this moment must not turn a running guest into a failure.
+#[derive(Debug)]
 struct LoadWatch {
     hypervisor: Arc<Hypervisor>,
     domain: Domain,

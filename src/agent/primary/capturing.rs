@@ -147,7 +147,7 @@ impl Capturing {
         })
         .map_err(|e| text(&e))?;
         let inputs = session.inputs.clone();
-        let exit = ExitWatch::start(process.pid, move || drop(inputs.send(Input::Exited { attachment })))
+        let exit = ExitWatch::start(process.pid, move |exit| drop(inputs.send(Input::Exited { attachment, exit })))
             .map_err(|e| text(&e))?;
         if !process.is_alive() {
             return Err("QEMU ended while it was being attached".into());

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::capturing::Capturing;
 use super::epochs::EpochNumbers;
+use super::exit_watch::Exit;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
 use crate::agent::primary::cut_thread::CutAnswer;
@@ -54,6 +55,7 @@ pub(super) enum Input {
     },
     Exited {
         attachment: u64,
+        exit: Exit,
     },
     Libvirt(HypervisorEvent),
 }
@@ -236,8 +238,13 @@ impl Session {
                     capturing.cut_answered(answer, &mut self.epochs);
                 }
             }
-            Input::Exited { attachment } if attachment == self.attachments => {
+            Input::Exited { attachment, exit } if attachment == self.attachments => {
                 self.exited_at.get_or_insert_with(Instant::now);
+                // A QEMU that had said SHUTDOWN was asked to end, however it went in the end.
+                if let (Exit::Died { status }, None) = (exit, self.watch.unexplained_end()) {
+                    let detail = format!("QEMU was ended by somebody or something (wait status {status:#x})");
+                    return Some(End::GuestEnded { how: None, detail });
+                }
             }
             Input::Cut { .. } | Input::Exited { .. } => {}
             Input::Libvirt(event) => return self.libvirt(&event),

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 use anyhow::Context;
 
@@ -35,6 +36,8 @@ pub(super) struct Shared {
     pub(super) libvirt: Arc<Libvirt>,
     /// Guests whose start the hook must let pass: we are starting them.
     pub(super) starting: Arc<Mutex<BTreeSet<String>>>,
+    /// Promoted guests that are being announced and defined.
+    pub(super) finishing: Mutex<BTreeMap<String, JoinHandle<()>>>,
 }
 
 /// How a promotion went.
@@ -65,7 +68,13 @@ impl Shadows {
     ) -> anyhow::Result<Arc<Self>> {
         let addr: SocketAddr = config.agent.sync_listen;
         let listener = listen(addr).with_context(|| format!("cannot listen at {addr} for primaries"))?;
-        let shared = Arc::new(Shared { host: config.host.clone(), run_dir: config.run_dir.clone(), libvirt, starting });
+        let shared = Arc::new(Shared {
+            host: config.host.clone(),
+            run_dir: config.run_dir.clone(),
+            libvirt,
+            starting,
+            finishing: Mutex::default(),
+        });
         let shadows = Arc::new(Self {
             shared,
             records: Arc::clone(&records),
@@ -154,6 +163,15 @@ impl Shadows {
         lock(&self.promoted).insert(uuid.into(), promoted);
         lock(&self.slots).remove(uuid);
         Ok(promoted)
+    }
+
+    /// Waits until a guest promoted here has its definition: whoever protects it next describes it by that.
+    pub fn wait_finished(&self, uuid: &str) {
+        let thread = lock(&self.shared.finishing).remove(uuid);
+        if let Some(thread) = thread {
+            // It ends by itself within seconds; a panic in it was told on standard error.
+            let _ = thread.join();
+        }
     }
 
     /// Highest term of the guest that this host knows.

@@ -435,8 +435,8 @@ impl Slot {
         let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
         let shadow = inner.shadow.take().ok_or("its domain is gone")?;
         let state = &promotion.device_state;
-        let done = match shadow.promote(&hypervisor, &state.bytes, state.running) {
-            Ok(done) => done,
+        let started = match shadow.promote(&hypervisor, &state.bytes, state.running) {
+            Ok(started) => started,
             Err(error) => {
                 // If nothing was written to it yet, it waits on and the order may be repeated.
                 if let Ok(Adopted::Waiting(shadow)) = Shadow::adopt(&hypervisor, &self.uuid, &self.shared.run_dir) {
@@ -445,13 +445,22 @@ impl Slot {
                 return Err(error.to_string());
             }
         };
-        let timings = done.timings;
-        for warning in done.warnings {
-            tracing::warn!(guest = self.domain, warning, "after the promotion");
-        }
         let took_us = began.elapsed().as_micros() as u64;
         let (term, epoch) = (promotion.term.get(), promotion.commit.epoch.get());
-        tracing::warn!(guest = self.domain, term, epoch, ?timings, "promoted: the guest runs here now");
+        tracing::warn!(guest = self.domain, term, epoch, took_us, "promoted: the guest runs here now");
+        let guest = self.domain.clone();
+        let finish = move || {
+            let done = started.finish();
+            for warning in done.warnings {
+                tracing::warn!(guest, warning, "after the promotion");
+            }
+            tracing::info!(guest, timings = ?done.timings, "promotion complete");
+        };
+        // Announced and defined beside the answer: the manager need not wait for it.
+        match std::thread::Builder::new().name("promotion-rest".into()).spawn(finish) {
+            Ok(thread) => drop(super::lock(&self.shared.finishing).insert(self.uuid.clone(), thread)),
+            Err(error) => tracing::error!(guest = self.domain, %error, "cannot announce the guest"),
+        }
         Ok(Promoted { term, epoch, took_us })
     }
 

@@ -31,8 +31,16 @@ fn stage(bench: &Bench) -> Result<Stage> {
     Ok(Stage { lab, fleet, guest, client })
 }
 
-fn wall_ms() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64() * 1e3)
+/// Kills the guest's QEMU; the moment, by this process's clock and by the wall's, as the shell that kills tells it.
+fn kill_qemu(lab: &Lab, host: &str) -> Result<(Instant, f64)> {
+    let script = format!("pid=$(cat /run/libvirt/qemu/{GUEST}.pid); date +%s%N; kill -9 $pid");
+    let output = lab.exec(host, &["sh", "-c", &script])?;
+    let (now, wall) = (Instant::now(), SystemTime::now());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let ns: u64 = text.trim().parse().map_err(|_| LabError::Product(format!("no time of the kill: {text:?}")))?;
+    let killed = UNIX_EPOCH + Duration::from_nanos(ns);
+    let ago = wall.duration_since(killed).unwrap_or_default();
+    Ok((now.checked_sub(ago).unwrap_or(now), ns as f64 / 1e6))
 }
 
 impl Stage {
@@ -61,9 +69,7 @@ pub(super) fn run(bench: &Bench, rounds: u32) -> Result<()> {
     for _ in 0..rounds {
         let view = stage.fleet.wait_protected(GUEST, PROTECTED_WITHIN)?;
         bench.sleep(Duration::from_millis(700))?;
-        let pid_file = format!("/run/libvirt/qemu/{GUEST}.pid");
-        let (at, at_ms) = (Instant::now(), wall_ms());
-        stage.lab.exec(&view.primary.host, &["sh", "-c", &format!("kill -9 $(cat {pid_file})")])?;
+        let (at, at_ms) = kill_qemu(&stage.lab, &view.primary.host)?;
         answers.push(stage.answer_ms(at + Duration::from_millis(5))?);
         let promotion = stage.fleet.wait_promotion(GUEST, at_ms as u64, Duration::from_secs(5))?;
         running.push((promotion.at_ms as f64 - at_ms).max(0.0));
