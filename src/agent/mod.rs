@@ -162,9 +162,11 @@ impl Agent {
         let name = &record.domain;
         match record.role {
             Role::Retired => Err(format!(
-                "guest {name} was taken over by another host (term {}); look with `virt-shadow info {name}`, bring it \
-                 back with `virt-shadow switchover {name} --to {}`",
-                record.term, self.config.host
+                "guest {name} was taken over by another host (term {term}); look with `virt-shadow info {name}`. To bring \
+                 it back have a shadow of it made here with `virt-shadow enable {name} --on {host}`, then `virt-shadow \
+                 switchover {name} --to {host}`",
+                term = record.term,
+                host = self.config.host
             )),
             Role::Shadow => Err(format!(
                 "this host keeps the shadow of guest {name}, whose primary runs elsewhere; \
