@@ -6,6 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use support::{BACK_WITHIN, Bed, GUEST};
 use virt_shadow::api::types::{GuestState, GuestView};
 use virt_shadow::lab::{GuestReply, QemuUser};
@@ -278,6 +279,24 @@ fn migrating(operator: &mut Operator) {
     });
 }
 
+/// A shadow that was paused by hand is paused no less than one that waits: it must take over all the same.
+fn suspended_shadows_take_over(operator: &Operator) {
+    let before = operator.status().boot;
+    for shadow in operator.bed.shadow_hosts() {
+        operator.bed.lab.virsh(&shadow, &["suspend", GUEST]).unwrap();
+    }
+    operator.bed.assert_equal();
+    let killed = Instant::now();
+    kill(operator.bed.qemu(&operator.at), Signal::SIGKILL).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let answered = operator.bed.watch.wait_answer_after(killed + Duration::from_millis(100), BACK_WITHIN);
+    println!("suspend of both shadows, SIGKILL of QEMU: answers after {answered:?}");
+    assert!(answered.is_some(), "the promoted guest does not run");
+    assert_eq!(operator.status().boot, before);
+    operator.bed.wait_protection_goes_on();
+    operator.bed.assert_equal();
+}
+
 /// What nobody should do to the waiting domains.
 fn touching_shadows(operator: &Operator) {
     let lab = &operator.bed.lab;
@@ -318,4 +337,5 @@ fn a_guest_is_migrated_and_its_shadows_are_touched() {
     let mut operator = protected("move");
     migrating(&mut operator);
     touching_shadows(&operator);
+    suspended_shadows_take_over(&operator);
 }
