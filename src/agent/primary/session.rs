@@ -3,7 +3,7 @@
 //! ```text
 //!            attach ok             tracker ready
 //! Detached ------------> Preparing -------------> Capturing --FinalCut--> Held
-//!    ^  retried every 2 s    |                        |  ^                  |
+//!    ^  retried, 0.1 to 2 s  |                        |  ^                  |
 //!    +-----------------------+---- trouble -----------+  +--UndoFinalCut----+
 //! ```
 
@@ -23,8 +23,10 @@ use crate::api::control::{GuestEvent, PrimaryStatus, Role};
 use crate::api::types::{ApiError, VerifyReport};
 use crate::hypervisor::HypervisorEvent;
 
-/// How long until a guest that could not be attached is tried again.
-const ATTACH_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How long until a guest that could not be attached is tried again: soon at first (an agent that has just started has
+/// no connection to libvirt yet), then twice as long each time.
+const ATTACH_AGAIN_AFTER: Duration = Duration::from_millis(100);
+const ATTACH_AGAIN_AFTER_MAX: Duration = Duration::from_secs(2);
 /// How long libvirt may take to tell why a QEMU process ended.
 const REASON_WITHIN: Duration = Duration::from_millis(250);
 /// The loop looks at its timers at least this often.
@@ -79,6 +81,7 @@ pub(super) struct Session {
     capturing: Option<Capturing>,
     attachments: u64,
     attach_at: Instant,
+    attach_again_after: Duration,
     problem: String,
     links: BTreeMap<String, Link>,
     generations: u64,
@@ -112,6 +115,7 @@ impl Session {
             capturing: None,
             attachments: 0,
             attach_at: Instant::now(),
+            attach_again_after: ATTACH_AGAIN_AFTER,
             problem: "attaching".into(),
             links: BTreeMap::new(),
             generations: 0,
@@ -301,6 +305,7 @@ impl Session {
         match Capturing::attach(self, self.attachments) {
             Ok(capturing) => {
                 self.problem.clear();
+                self.attach_again_after = ATTACH_AGAIN_AFTER;
                 self.capturing = Some(capturing);
                 self.sync_links();
                 for (host, link) in &self.links {
@@ -316,7 +321,8 @@ impl Session {
                     tracing::warn!(guest = self.spec.domain, error, "cannot capture; trying again");
                 }
                 self.problem = error;
-                self.attach_at = Instant::now() + ATTACH_AGAIN_AFTER;
+                self.attach_at = Instant::now() + self.attach_again_after;
+                self.attach_again_after = (self.attach_again_after * 2).min(ATTACH_AGAIN_AFTER_MAX);
             }
         }
     }
