@@ -3,6 +3,9 @@
 //! libvirt tells the reason too, but some 200 ms later, when it has tidied up. A QEMU that is asked to end (destroy,
 //! save, revert, shutdown) exits with 0; one that dies by a signal or with another code was not asked. Since Linux
 //! 6.15 the kernel tells that of any process through its pidfd (PIDFD_GET_INFO, include/uapi/linux/pidfd.h).
+//!
+//! A process counts as ended only when its memory is given back, which takes longer the more of it there is. Its vCPU
+//! threads end at once: they are watched as well (PIDFD_THREAD, Linux 6.9), and the first that died tells.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -27,6 +30,9 @@ pub enum Exit {
 
 const PIDFD_GET_INFO: libc::c_ulong = 0xc040_ff0b;
 const PIDFD_INFO_EXIT: u64 = 1 << 3;
+const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
+/// vCPUs watched; the first few die as soon as all others.
+const MAX_THREADS: usize = 4;
 /// How long the parent of a QEMU may take to reap it.
 const REAPED_WITHIN: Duration = Duration::from_millis(50);
 
@@ -38,6 +44,53 @@ struct PidfdInfo {
     cgroup_id: u64,
     ids: [u32; 11],
     exit_code: i32,
+}
+
+/// Opens the process at once; threads by their own number. Not wrapped by nix.
+fn pidfd_open(pid: i32, flags: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Threads that QEMU named as vCPUs, such as `CPU 0/KVM`.
+fn vcpu_threads(pid: i32) -> Vec<i32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    tasks
+        .flatten()
+        .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("CPU ")))
+        .filter_map(|task| task.file_name().to_str()?.parse().ok())
+        .take(MAX_THREADS)
+        .collect()
+}
+
+/// How it ended; `None` if cancelled. The last of `watched` is the process itself.
+fn wait_for_exit(mut watched: Vec<OwnedFd>, cancelled: &EventFd) -> Option<Exit> {
+    loop {
+        let pollfd = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut polled: Vec<_> = watched.iter().map(|fd| pollfd(fd.as_raw_fd())).collect();
+        polled.push(pollfd(cancelled.as_fd().as_raw_fd()));
+        // SAFETY: the array is live and its length is passed.
+        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+        if ready < 0 {
+            continue; // interrupted
+        }
+        let (cancel, processes) = polled.split_last()?;
+        if cancel.revents != 0 {
+            return None;
+        }
+        let ended = processes.iter().position(|polled| polled.revents != 0)?;
+        let exit = exit_of(&watched[ended]);
+        if ended + 1 == watched.len() || matches!(exit, Exit::Died { .. }) {
+            return Some(exit);
+        }
+        // A vCPU that was unplugged, or the first of all to end in order: the process will tell.
+        watched.remove(ended);
+    }
 }
 
 fn exit_of(pidfd: &OwnedFd) -> Exit {
@@ -65,28 +118,16 @@ impl ExitWatch {
     /// Calls `exited` once, on a thread of its own, when `pid` has ended. The caller has made sure that `pid` still
     /// names the process it means after this returned.
     pub fn start(pid: i32, exited: impl FnOnce(Exit) + Send + 'static) -> io::Result<Self> {
-        // SAFETY: pidfd_open takes no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let process = pidfd_open(pid, 0)?;
+        // Without them (an older kernel, a thread that has just ended) the process alone tells, if later.
+        let mut watched: Vec<OwnedFd> =
+            vcpu_threads(pid).into_iter().filter_map(|thread| pidfd_open(thread, PIDFD_THREAD).ok()).collect();
+        watched.push(process);
         let cancel = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
         let cancelled = Arc::clone(&cancel);
         std::thread::Builder::new().name("exit-watch".into()).spawn(move || {
-            let pollfd = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-            let mut polled = [pollfd(pidfd.as_raw_fd()), pollfd(cancelled.as_fd().as_raw_fd())];
-            loop {
-                // SAFETY: two live elements.
-                let ready = unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) };
-                if ready < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                if polled[1].revents == 0 {
-                    exited(exit_of(&pidfd));
-                }
-                return;
+            if let Some(exit) = wait_for_exit(watched, &cancelled) {
+                exited(exit);
             }
         })?;
         Ok(Self { cancel })
