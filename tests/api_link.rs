@@ -213,3 +213,22 @@ async fn a_refused_agent_waits_and_a_stopped_one_goes() {
     let error = played.link.api("GET", "/", serde_json::Value::Null, Duration::from_millis(100)).await.unwrap_err();
     assert_eq!(error.code, "unavailable");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_died_is_not_started_before_the_manager_has_decided() {
+    let played = play().await;
+    let mut stream = played.welcome().await;
+    assert!(played.link.may_start("u").is_ok());
+    played.link.event(GuestEvent::Died { uuid: "u".into(), term: 3, detail: "SIGKILL".into(), last_epoch: 1 });
+    let why = played.link.may_start("u").unwrap_err();
+    assert!(why.contains("term 3") && why.contains("virt-shadow info u"), "{why}");
+    let protect = |term| {
+        let (uuid, domain) = ("u".to_owned(), "web".to_owned());
+        Command::Protect { uuid, domain, term, interval_ms: 50, shadows: Vec::new() }
+    };
+    for (id, term, decided) in [(1, 3, false), (2, 4, true)] {
+        write_frame(&mut stream, &ToAgent::Request { id, command: protect(term) }).await.unwrap();
+        while !matches!(next(&mut stream).await, Some(ToManager::Reply { id: answered, .. }) if answered == id) {}
+        assert_eq!(played.link.may_start("u").is_ok(), decided, "an order that is older than the death says nothing");
+    }
+}

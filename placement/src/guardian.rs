@@ -310,7 +310,11 @@ pub enum Level {
 pub enum Save {
     Host(HostIntro),
     Guest(GuestPlan),
-    ForgetGuest(GuestId),
+    /// The guest is protected no more; its term is kept, for hosts that come back with a record of it.
+    ForgetGuest {
+        guest: GuestId,
+        term: Term,
+    },
     Note(Note),
 }
 
@@ -350,7 +354,9 @@ pub struct Guardian {
     guests: BTreeMap<GuestId, Guest>,
     orders: Orders,
     last_tick: Option<Moment>,
-    /// Highest terms in records of guests we do not know: if one is enabled again, its term starts above.
+    /// Guests that were disabled, with their last term. If one is enabled again, its term starts above.
+    forgotten: BTreeMap<GuestId, Term>,
+    /// The same for guests that we never heard of but in records of hosts.
     strangers: BTreeMap<GuestId, Term>,
 }
 
@@ -359,10 +365,25 @@ const MAX_STRANGERS: usize = 10_000;
 
 impl Guardian {
     /// Goes on from what was saved. No host is suspected before `suspect_ms` after `now`.
-    pub fn resume(settings: Settings, now: Moment, hosts: Vec<HostIntro>, guests: Vec<GuestPlan>) -> Self {
+    /// `forgotten`: guests that were disabled, with the term each had then.
+    pub fn resume(
+        settings: Settings,
+        now: Moment,
+        hosts: Vec<HostIntro>,
+        guests: Vec<GuestPlan>,
+        forgotten: Vec<(GuestId, Term)>,
+    ) -> Self {
         let hosts = hosts.into_iter().map(|intro| (intro.name.clone(), Host::known(intro, now))).collect();
         let guests = guests.into_iter().map(|plan| (plan.id.clone(), Guest::resumed(plan, now))).collect();
-        Self { settings, hosts, guests, orders: Orders::default(), last_tick: None, strangers: BTreeMap::new() }
+        Self {
+            settings,
+            hosts,
+            guests,
+            orders: Orders::default(),
+            last_tick: None,
+            forgotten: forgotten.into_iter().collect(),
+            strangers: BTreeMap::new(),
+        }
     }
 
     pub fn hosts(&self) -> impl Iterator<Item = &Host> {
@@ -441,7 +462,9 @@ impl Guardian {
         act(&mut guest, &mut cx);
         upkeep::tend(&mut guest, &mut cx);
         if guest.plan.phase == Phase::Leaving && guest.plan.former.is_empty() {
-            ready.save.push(Save::ForgetGuest(id.clone()));
+            let term = guest.plan.term;
+            self.forgotten.insert(id.clone(), term);
+            ready.save.push(Save::ForgetGuest { guest: id.clone(), term });
             return;
         }
         if guest.plan != before {

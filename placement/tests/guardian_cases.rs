@@ -262,6 +262,20 @@ fn disabling_clears_all_hosts_those_too_that_come_back_later() {
     world.run_ms(2_000);
     assert!(world.plan("web").is_none(), "forgotten: {:#?}", world.log);
     assert!(world.hosts.values().all(|host| host.role(&"web".into()).is_none()));
+    // Enabled again, it goes on above all terms that were ever used; and a host that nobody remembers is told.
+    world.enable("web", "h1", 2);
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    assert_eq!(world.plan("web").unwrap().term.0, 2);
+    world.power_cut(&name("h2"));
+    world.run_ms(2_000);
+    world.request(Request::Disable { guest: "web".into() });
+    world.run_ms(500);
+    world.crash_manager(100_000);
+    let plan = world.saved.remove(&"web".into()).unwrap();
+    world.forgotten.insert(plan.id, plan.term);
+    world.power_on(&name("h2"));
+    world.run_ms(5_000);
+    assert!(world.saved.is_empty() && world.hosts.values().all(|host| host.role(&"web".into()).is_none()));
 }
 
 #[test]

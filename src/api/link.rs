@@ -100,6 +100,7 @@ impl AgentLink {
             events: Mutex::default(),
             event_added: Notify::new(),
             session: Mutex::default(),
+            held: Mutex::default(),
             connected_seen,
         });
         let handler: Arc<dyn ErasedHandler> = handler;
@@ -120,6 +121,9 @@ impl AgentLink {
 
     /// Hands over an event; never blocks. It reaches the manager at least once, after those handed over before.
     pub fn event(&self, event: GuestEvent) {
+        if let GuestEvent::Died { uuid, term, .. } = &event {
+            self.shared.held().insert(uuid.clone(), *term);
+        }
         self.shared.events().push(event);
         self.shared.event_added.notify_one();
     }
@@ -172,8 +176,15 @@ impl AgentLink {
         self.handler.handle(command).await
     }
 
-    /// See [`CommandHandler::may_start`].
+    /// See [`CommandHandler::may_start`]. A guest whose death was told must not be started before the manager has said
+    /// where it goes on: a shadow may be taking over this very moment.
     pub fn may_start(&self, uuid: &str) -> Result<(), String> {
+        if let Some(term) = self.shared.held().get(uuid) {
+            return Err(format!(
+                "its QEMU died here (term {term}), and the manager has not said yet where it goes on; look with \
+                 `virt-shadow info {uuid}`"
+            ));
+        }
         self.handler.may_start(uuid)
     }
 }
@@ -201,6 +212,8 @@ struct Shared {
     events: Mutex<EventQueue>,
     event_added: Notify,
     session: Mutex<SessionState>,
+    /// Guests that died here as primaries of a term, and of which the manager has said nothing newer.
+    held: Mutex<HashMap<String, u64>>,
     connected_seen: watch::Receiver<bool>,
 }
 
@@ -209,8 +222,31 @@ impl Shared {
     fn events(&self) -> MutexGuard<'_, EventQueue> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
+    fn held(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// That command was carried out: does it decide about a guest that died?
+    fn decided(&self, decision: Option<(String, u64)>) {
+        let Some((uuid, term)) = decision else { return };
+        let mut held = self.held();
+        if held.get(&uuid).is_some_and(|died| *died < term) {
+            held.remove(&uuid);
+        }
+    }
     fn session(&self) -> MutexGuard<'_, SessionState> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Guest and term that `command` decides about. What says nothing of a term is newer than all.
+fn decision(command: &Command) -> Option<(String, u64)> {
+    match command {
+        Command::Protect { uuid, term, .. }
+        | Command::AcceptShadow { uuid, term, .. }
+        | Command::Promote { uuid, term, .. }
+        | Command::Retire { uuid, term } => Some((uuid.clone(), *term)),
+        Command::Release { uuid } => Some((uuid.clone(), u64::MAX)),
+        _ => None,
     }
 }
 

@@ -92,7 +92,7 @@ impl Core {
     pub(super) fn open(&self, generation: u64) -> Result<State, StoreError> {
         let store = Store::open(&self.path)?;
         let now = Moment::from_us(self.began.elapsed().as_micros() as u64);
-        let guardian = Guardian::resume(self.settings, now, store.hosts()?, store.guests()?);
+        let guardian = Guardian::resume(self.settings, now, store.hosts()?, store.guests()?, store.forgotten()?);
         self.newest_event.send_replace(store.newest_event()?);
         Ok(State { guardian, store, heartbeats: BTreeMap::new(), about: BTreeMap::new(), now, generation })
     }

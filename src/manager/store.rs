@@ -3,6 +3,7 @@
 //! ```text
 //! hosts       who there is                        guests   the plan of each, as JSON, with its key figures as columns
 //! promotions  (guest, term) -> host, once         events   what happened, the newest MAX_EVENTS
+//! forgotten   guests disabled, with their last term
 //! ```
 //! `synchronous=FULL` and one transaction per step. The table of promotions repeats, in a form that the database
 //! enforces, what [`placement::guardian`] promises: a term is given to one host.
@@ -13,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use placement::guardian::{
     Failover, FailoverStep, GuestPlan, HostIntro, Level, Note, Phase, Save, Switchover, SwitchoverStep,
 };
+use placement::{GuestId, Term};
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
 use serde_json::Value;
@@ -25,6 +27,8 @@ const SCHEMA_VERSION: i64 = 1;
 const BUSY_TIMEOUT_MS: u32 = 2_000;
 /// Events kept.
 const MAX_EVENTS: i64 = 10_000;
+/// Disabled guests remembered.
+const MAX_FORGOTTEN: i64 = 10_000;
 /// The oldest are removed once in so many.
 const PRUNE_EVERY: i64 = 256;
 
@@ -39,6 +43,9 @@ const SCHEMA: &str = "
     CREATE TABLE promotions (
         uuid TEXT NOT NULL, term INTEGER NOT NULL, host TEXT NOT NULL, time_ms INTEGER NOT NULL,
         PRIMARY KEY (uuid, term)
+    ) STRICT;
+    CREATE TABLE forgotten (
+        uuid TEXT PRIMARY KEY, term INTEGER NOT NULL, time_ms INTEGER NOT NULL
     ) STRICT;
     CREATE TABLE events (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, time_ms INTEGER NOT NULL, level TEXT NOT NULL, kind TEXT NOT NULL,
@@ -140,6 +147,12 @@ impl Store {
             .collect()
     }
 
+    pub fn forgotten(&self) -> Result<Vec<(GuestId, Term)>, StoreError> {
+        self.rows("SELECT uuid, term FROM forgotten ORDER BY uuid", |row| {
+            Ok((row.get::<_, String>(0)?.into(), Term(row.get::<_, i64>(1)? as u64)))
+        })
+    }
+
     fn rows<T>(
         &self,
         sql: &str,
@@ -158,10 +171,7 @@ impl Store {
             match change {
                 Save::Host(intro) => save_host(&step, intro).map_err(sqlite)?,
                 Save::Guest(plan) => save_guest(&step, plan, &path)?,
-                Save::ForgetGuest(id) => {
-                    step.execute("DELETE FROM guests WHERE uuid = ?1", [id.as_str()]).map_err(sqlite)?;
-                    step.execute("DELETE FROM promotions WHERE uuid = ?1", [id.as_str()]).map_err(sqlite)?;
-                }
+                Save::ForgetGuest { guest, term } => forget_guest(&step, guest.as_str(), term.0).map_err(sqlite)?,
                 Save::Note(note) => save_note(&step, note).map_err(sqlite)?,
             }
         }
@@ -202,6 +212,20 @@ impl Store {
 
 fn newest_event(db: &Connection) -> rusqlite::Result<i64> {
     db.query_row("SELECT ifnull(max(seq), 0) FROM events", [], |row| row.get(0))
+}
+
+fn forget_guest(step: &Transaction<'_>, uuid: &str, term: u64) -> rusqlite::Result<()> {
+    step.execute("DELETE FROM guests WHERE uuid = ?1", [uuid])?;
+    step.execute("DELETE FROM promotions WHERE uuid = ?1", [uuid])?;
+    step.execute(
+        "INSERT OR REPLACE INTO forgotten (uuid, term, time_ms) VALUES (?1, ?2, ?3)",
+        params![uuid, as_i64(term), now_ms()],
+    )?;
+    step.execute(
+        "DELETE FROM forgotten WHERE uuid IN (SELECT uuid FROM forgotten ORDER BY time_ms DESC LIMIT -1 OFFSET ?1)",
+        [MAX_FORGOTTEN],
+    )?;
+    Ok(())
 }
 
 fn save_host(step: &Transaction<'_>, host: &HostIntro) -> rusqlite::Result<()> {

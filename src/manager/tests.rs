@@ -79,8 +79,9 @@ fn every_phase_is_read_back_as_it_was() {
         assert_eq!((store.guests().unwrap(), store.hosts().unwrap()), (vec![plan], vec![host.clone()]));
     }
     let mut store = Store::open(&dir.file()).unwrap();
-    store.save(&[Save::ForgetGuest(plan(3, Phase::Leaving).id)]).unwrap();
-    assert!(store.guests().unwrap().is_empty());
+    let guest = plan(3, Phase::Leaving).id;
+    store.save(&[Save::ForgetGuest { guest: guest.clone(), term: Term(3) }]).unwrap();
+    assert_eq!((store.guests().unwrap(), store.forgotten().unwrap()), (vec![], vec![(guest, Term(3))]));
 }
 
 #[test]

@@ -208,6 +208,7 @@ fn lost(guest: &mut Guest, cx: &mut Context<'_>) {
 
 pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
     match done.order {
+        Order::ShadowStatus { .. } if guest.live.moving == Some(done.token) => switchover::looked(guest, cx, done),
         Order::ShadowStatus { .. } => {
             if let Some(answer) = guest.live.asked.get_mut(&done.host) {
                 *answer = Some(shadow_status(done.outcome));

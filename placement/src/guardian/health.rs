@@ -34,7 +34,10 @@ impl Guardian {
         host.report.primaries.clear();
         host.report.shadows.clear();
         self.seen(now, &name, ready);
-        for record in records.iter().filter(|record| !self.guests.contains_key(&record.guest)) {
+        for record in records {
+            if self.guests.contains_key(&record.guest) || self.forget_there(now, &name, record, ready) {
+                continue;
+            }
             let message = format!(
                 "{name} has a record of guest {} ({}, term {}) that the manager does not know; enable it again, or \
                  disable it there",

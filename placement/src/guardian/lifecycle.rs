@@ -212,8 +212,11 @@ pub(super) fn reported(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName)
         if !has_it && guest.live.accepts.get(host).is_some_and(settled) {
             guest.live.accepts.insert(host.clone(), Seat::Needed);
         }
-    } else if report.shadows.contains_key(&guest.plan.id) {
-        guest.plan.former.entry(host.clone()).or_insert(Leave::Drop);
+    } else if report.shadows.contains_key(&guest.plan.id)
+        && !guest.live.leaves.contains_key(host)
+        && guest.plan.former.get(host).is_none_or(|leave| *leave == Leave::Retired)
+    {
+        guest.plan.former.insert(host.clone(), Leave::Drop);
     }
 }
 
@@ -230,6 +233,12 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
     {
         guest.live.doubt = Some((since, true));
         cx.order(guest, &primary, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
+    }
+    // What was started there was its shadow.
+    if let Some((host, _)) = &guest.live.elsewhere
+        && (guest.plan.seats.contains(host) || guest.plan.former.contains_key(host))
+    {
+        guest.live.elsewhere = None;
     }
     if let Some((host, since)) = guest.live.elsewhere.clone()
         && cx.now.ms_since(since) >= ELSEWHERE_MS
@@ -309,6 +318,7 @@ fn revive(guest: &mut Guest, cx: &mut Context<'_>, outcome: &Outcome) {
 
 fn gone_unexplained(guest: &mut Guest, cx: &mut Context<'_>) {
     let text = format!("{} runs it no more, and does not know why", guest.plan.primary);
-    let cause = Cause::gone(guest, cx, text);
+    // It might be started there right now, by hand or by itself, so that is put an end to first.
+    let cause = Cause { retire_first: true, ..Cause::gone(guest, cx, text) };
     failover::begin(guest, cx, cause);
 }

@@ -309,6 +309,8 @@ pub(super) struct Live {
     pub(super) decided: Moment,
     /// When the answer to the final cut came, and for how long the guest had stood still then.
     pub(super) cut: Option<(Moment, u64)>,
+    /// The shadow was looked at before its promotion is ordered again.
+    pub(super) looked: bool,
     /// Operator who waits for the move or the release.
     pub(super) asker: Option<RequestId>,
     /// The primary's host runs no such guest and has not said why: since when, and whether it was asked.
@@ -340,6 +342,7 @@ impl Live {
             waiting_note: String::new(),
             decided: now,
             cut: None,
+            looked: false,
             asker: None,
             doubt: None,
             revival: None,

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::context::Context;
 use super::failover::{self, Cause};
-use super::model::{Guest, GuestPlan, Leave, Live, Phase};
-use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, switchover, upkeep};
+use super::model::{Guest, GuestPlan, Leave, Live, Phase, Record};
+use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, Save, switchover, upkeep};
+use crate::term::Role;
 use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
 use crate::units::{Epoch, GuestId, HostName, Moment, Term};
 
@@ -65,11 +66,12 @@ impl Guardian {
             return Err(RequestError::Conflict(format!("host {} is not connected to the manager", wish.host)));
         }
         let id = wish.guest.clone();
-        if !self.guests.contains_key(&id) {
+        let unknown = !self.guests.contains_key(&id);
+        if unknown {
             let plan = GuestPlan {
                 id: id.clone(),
                 domain: wish.domain.clone(),
-                term: self.strangers.get(&id).copied().unwrap_or(Term(0)),
+                term: self.last_term(&id),
                 primary: wish.host.clone(),
                 shadows_wanted: 0,
                 interval_ms: wish.interval_ms,
@@ -83,7 +85,45 @@ impl Guardian {
         }
         let mut result = Ok(());
         self.with_guest(now, &id, ready, |guest, cx| result = apply(guest, cx, wish));
+        if unknown && result.is_err() {
+            // It never came to be known.
+            ready.save.retain(|save| !matches!(save, Save::ForgetGuest { guest, .. } if *guest == id));
+        }
         result
+    }
+}
+
+impl Guardian {
+    /// The highest term that was ever met for a guest that is not protected.
+    fn last_term(&self, id: &GuestId) -> Term {
+        let known = [self.forgotten.get(id), self.strangers.get(id)];
+        known.into_iter().flatten().copied().max().unwrap_or(Term(0))
+    }
+
+    /// A host has a record of a guest that was disabled while it was away: it is told to forget it too.
+    pub(super) fn forget_there(&mut self, now: Moment, host: &HostName, record: &Record, ready: &mut Ready) -> bool {
+        let id = &record.guest;
+        if self.forgotten.get(id).is_none_or(|term| *term < record.term) {
+            return false;
+        }
+        let leave = if record.role == Role::Shadow { Leave::Drop } else { Leave::Release };
+        let plan = GuestPlan {
+            id: id.clone(),
+            domain: record.domain.clone(),
+            term: self.last_term(id),
+            primary: host.clone(),
+            shadows_wanted: 0,
+            interval_ms: *INTERVAL_MS.end(),
+            memory_mib: 0,
+            on: Vec::new(),
+            seats: BTreeSet::new(),
+            former: BTreeMap::from([(host.clone(), leave)]),
+            phase: Phase::Leaving,
+        };
+        ready.save.push(Save::Guest(plan.clone()));
+        self.guests.insert(id.clone(), Guest::resumed(plan, now));
+        self.with_guest(now, id, ready, |_, _| ());
+        true
     }
 }
 

@@ -7,7 +7,9 @@
 //!                  | goes on on the primary
 //!                  +--> Steady
 //! ```
-//! While the guest stands still, an unknown outcome of the promotion is not a reason to undo: two copies would run.
+//! While the guest stands still, an unknown outcome of the promotion is not a reason to undo: two copies would run. But
+//! an agent that hears nothing for long lets its guest go on, so a promotion is repeated only after a look at the shadow:
+//! if that has got further epochs, the primary went on.
 
 use super::context::{Context, DoneOrder};
 use super::failover::{self, AGAIN_MS, Cause, PROMOTE_TIMEOUT_MS, give_again};
@@ -18,6 +20,9 @@ use crate::units::HostName;
 /// The guest stands still meanwhile.
 const CUT_TIMEOUT_MS: u64 = 5_000;
 const UNDO_TIMEOUT_MS: u64 = 5_000;
+const LOOK_TIMEOUT_MS: u64 = 2_000;
+/// An agent holds a guest at least that long without a word from us.
+const SURELY_HELD_MS: u64 = 10_000;
 
 pub(super) fn begin(guest: &mut Guest, cx: &mut Context<'_>, to: HostName, asker: RequestId) {
     let from = &guest.plan.primary;
@@ -55,8 +60,14 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
             undo(guest, cx, format!("{to} went down while it took over"));
         }
         SwitchoverStep::Promote { epoch } => {
-            let order = Order::Promote { guest: failover::id(guest), term: guest.plan.term, after_epoch: epoch };
-            give_again(guest, cx, &to, order, PROMOTE_TIMEOUT_MS);
+            let held = guest.live.cut.is_some_and(|(at, _)| cx.now.ms_since(at) < SURELY_HELD_MS);
+            if held || guest.live.looked {
+                guest.live.looked = false;
+                let order = Order::Promote { guest: failover::id(guest), term: guest.plan.term, after_epoch: epoch };
+                give_again(guest, cx, &to, order, PROMOTE_TIMEOUT_MS);
+            } else {
+                give_again(guest, cx, &to, Order::ShadowStatus { guest: failover::id(guest) }, LOOK_TIMEOUT_MS);
+            }
         }
         SwitchoverStep::Undo { .. } => {
             let order = Order::UndoFinalCut { guest: failover::id(guest), term: guest.plan.term };
@@ -110,6 +121,23 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
             guest.live.move_again = cx.now.plus_ms(AGAIN_MS);
         }
         _ => (),
+    }
+}
+
+/// What the shadow has, before its promotion is ordered again.
+pub(super) fn looked(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    guest.live.moving = None;
+    let Phase::SwitchingOver(Switchover { to, step: SwitchoverStep::Promote { epoch } }) = &guest.plan.phase else {
+        return;
+    };
+    match done.outcome {
+        Outcome::Done(Answer::Shadow(Some(shadow))) if shadow.committed > *epoch => {
+            let reason = format!("{to} has epochs after the last cut: the guest went on by itself");
+            undo(guest, cx, reason);
+        }
+        // No shadow: it may have been promoted, which the order itself will tell.
+        Outcome::Done(_) => guest.live.looked = true,
+        Outcome::Refused { .. } | Outcome::Unknown { .. } => guest.live.move_again = cx.now.plus_ms(AGAIN_MS),
     }
 }
 

@@ -10,6 +10,8 @@ use placement::{Epoch, GuestId, HostName, Term};
 
 /// How long after a welcome an agent waits for the manager to say what must not run (as the real one does).
 const SETTLE_US: u64 = 1_000_000;
+/// How long an agent holds a guest for a switchover without a word (as the real one does).
+const HELD_US: u64 = 20_000_000;
 
 #[derive(Debug)]
 pub struct SimHost {
@@ -23,8 +25,8 @@ pub struct SimHost {
     pub events: Vec<Event>,
     /// Survive a power cut.
     records: BTreeMap<GuestId, (Role, Term)>,
-    /// Guests that run, and whether they are suspended by a final cut.
-    runs: BTreeMap<GuestId, bool>,
+    /// Guests that run; those suspended by a final cut with the time since and the host they are to move to.
+    runs: BTreeMap<GuestId, Option<(u64, HostName)>>,
     shadows: BTreeMap<GuestId, Shadow>,
     primaries: BTreeMap<GuestId, Primary>,
     promoted: BTreeMap<GuestId, (Term, Epoch)>,
@@ -125,7 +127,7 @@ impl SimHost {
         if !self.on || !allowed || self.runs.contains_key(guest) {
             return false;
         }
-        self.runs.insert(guest.clone(), false);
+        self.runs.insert(guest.clone(), None);
         if self.agent_runs {
             self.events.push(Event::Started { host: self.intro.name.clone(), guest: guest.clone() });
         }
@@ -134,7 +136,7 @@ impl SimHost {
 
     /// Guests whose vCPUs run.
     pub fn running(&self) -> impl Iterator<Item = &GuestId> {
-        self.runs.iter().filter(|(_, suspended)| !**suspended).map(|(guest, _)| guest)
+        self.runs.iter().filter(|(_, suspended)| suspended.is_none()).map(|(guest, _)| guest)
     }
 
     pub fn follows(&self, guest: &GuestId, term: Term) -> bool {
@@ -211,7 +213,7 @@ pub fn carry_out(
         return Outcome::Done(Answer::Witnessed { answers, stream_silent_ms });
     }
     if let Order::FinalCut { guest, to } = order {
-        return final_cut(hosts, name, guest, to, refuse);
+        return final_cut(hosts, name, guest, to, refuse, now_us);
     }
     let Some(host) = hosts.get_mut(name) else { return refused("failed", "no such host") };
     match order {
@@ -224,6 +226,7 @@ pub fn carry_out(
             }
             assert!(!host.runs.contains_key(guest), "{name} runs {guest} and is told to keep a shadow of it");
             host.records.insert(guest.clone(), (Role::Shadow, *term));
+            host.held.remove(guest);
             host.shadows.entry(guest.clone()).or_default();
             NOTHING
         }
@@ -247,6 +250,7 @@ pub fn carry_out(
             NOTHING
         }
         Order::Release { guest } => {
+            host.held.remove(guest);
             host.records.remove(guest);
             host.primaries.remove(guest);
             NOTHING
@@ -254,7 +258,7 @@ pub fn carry_out(
         Order::Promote { guest, term, after_epoch } => promote(host, guest, *term, *after_epoch, refuse),
         Order::UndoFinalCut { guest, term } => {
             let Some(suspended) = host.runs.get_mut(guest) else { return refused("not-running", "it has ended") };
-            *suspended = false;
+            *suspended = None;
             host.records.insert(guest.clone(), (Role::Primary, *term));
             NOTHING
         }
@@ -265,6 +269,7 @@ pub fn carry_out(
             host.runs.remove(guest);
             host.primaries.remove(guest);
             host.records.insert(guest.clone(), (Role::Retired, *term));
+            host.held.remove(guest);
             NOTHING
         }
         Order::ShadowStatus { guest } => Outcome::Done(Answer::Shadow(host.shadows.get(guest).map(Shadow::report))),
@@ -285,7 +290,7 @@ fn promote(host: &mut SimHost, guest: &GuestId, term: Term, after: Epoch, refuse
         return refused("failed", "cannot be promoted");
     }
     host.shadows.remove(guest);
-    host.runs.insert(guest.clone(), false);
+    host.runs.insert(guest.clone(), None);
     host.records.insert(guest.clone(), (Role::Primary, term));
     host.promoted.insert(guest.clone(), (term, committed));
     Outcome::Done(Answer::Promoted { epoch: committed })
@@ -297,6 +302,7 @@ fn final_cut(
     guest: &GuestId,
     to: &HostName,
     refuse: bool,
+    now_us: u64,
 ) -> Outcome {
     let takes = hosts.get(to).is_some_and(|to| to.on && to.agent_runs && to.shadows.contains_key(guest));
     let Some(host) = hosts.get_mut(name) else { return refused("failed", "no such host") };
@@ -306,7 +312,7 @@ fn final_cut(
     if refuse || !takes {
         return refused("failed", "the target does not commit");
     }
-    *suspended = true;
+    *suspended = Some((now_us, to.clone()));
     primary.epoch.0 += 1;
     let (term, epoch) = (primary.term, primary.epoch);
     if let Some(shadow) = hosts.get_mut(to).and_then(|to| to.shadows.get_mut(guest)) {
@@ -317,10 +323,11 @@ fn final_cut(
 
 /// One epoch of every primary that captures.
 pub fn epochs(hosts: &mut BTreeMap<HostName, SimHost>, now_us: u64) {
+    go_on_by_themselves(hosts, now_us);
     let mut cuts = Vec::new();
     for host in hosts.values_mut().filter(|host| host.agent_runs) {
         for (guest, primary) in &mut host.primaries {
-            if host.runs.get(guest) == Some(&false) {
+            if host.runs.get(guest) == Some(&None) {
                 primary.epoch.0 += 1;
                 let cut = (guest.clone(), primary.term, primary.epoch);
                 cuts.extend(primary.shadows.iter().map(|to| (to.clone(), cut.clone())));
@@ -331,5 +338,25 @@ pub fn epochs(hosts: &mut BTreeMap<HostName, SimHost>, now_us: u64) {
         let Some(host) = hosts.get_mut(&to).filter(|host| host.on && host.agent_runs) else { continue };
         let Some(shadow) = host.shadows.get_mut(&guest).filter(|shadow| shadow.term <= term) else { continue };
         (shadow.term, shadow.committed, shadow.heard_us) = (term, epoch, now_us);
+    }
+}
+
+/// A guest that nobody decided about goes on, if the shadow it was to move to still is one.
+fn go_on_by_themselves(hosts: &mut BTreeMap<HostName, SimHost>, now_us: u64) {
+    let is_shadow = |to: &HostName, guest: &GuestId| {
+        hosts.get(to).is_some_and(|to| to.on && to.agent_runs && to.shadows.contains_key(guest))
+    };
+    let overdue: Vec<_> = hosts
+        .iter()
+        .filter(|(_, host)| host.agent_runs)
+        .flat_map(|(name, host)| host.runs.iter().map(move |(guest, held)| (name, guest, held)))
+        .filter_map(|(name, guest, held)| Some((name, guest, held.as_ref()?)))
+        .filter(|(_, guest, (since_us, to))| now_us > since_us + HELD_US && is_shadow(to, guest))
+        .map(|(name, guest, _)| (name.clone(), guest.clone()))
+        .collect();
+    for (name, guest) in overdue {
+        if let Some(held) = hosts.get_mut(&name).and_then(|host| host.runs.get_mut(&guest)) {
+            *held = None;
+        }
     }
 }

@@ -63,6 +63,7 @@ pub struct World {
     pub guardian: Option<Guardian>,
     pub saved_hosts: BTreeMap<HostName, HostIntro>,
     pub saved: BTreeMap<GuestId, GuestPlan>,
+    pub forgotten: BTreeMap<GuestId, Term>,
     pub answers: BTreeMap<RequestId, Result<Reply, RequestError>>,
     /// Whom each term was promised to.
     pub promised: BTreeMap<(GuestId, Term), HostName>,
@@ -87,7 +88,7 @@ pub struct World {
 impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let from = self.log.len().saturating_sub(150);
+            let from = self.log.len().saturating_sub(500);
             eprintln!("{}", self.log[from..].join("\n"));
         }
     }
@@ -103,6 +104,7 @@ impl World {
             guardian: None,
             saved_hosts: BTreeMap::new(),
             saved: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
             answers: BTreeMap::new(),
             promised: BTreeMap::new(),
             log: Vec::new(),
@@ -151,7 +153,8 @@ impl World {
         self.run += 1;
         let (hosts, plans) = (self.saved_hosts.values().cloned().collect(), self.saved.values().cloned().collect());
         let now = Moment::from_us(self.now_us);
-        self.guardian = Some(Guardian::resume(Settings::default(), now, hosts, plans));
+        let forgotten = self.forgotten.clone().into_iter().collect();
+        self.guardian = Some(Guardian::resume(Settings::default(), now, hosts, plans, forgotten));
         self.at(TICK_US, What::Tick { run: self.run });
         self.say("manager starts".into());
     }
@@ -424,9 +427,9 @@ impl World {
         for save in &ready.save {
             match save {
                 Save::Host(intro) => drop(self.saved_hosts.insert(intro.name.clone(), intro.clone())),
-                Save::ForgetGuest(id) => {
-                    self.saved.remove(id);
-                    self.promised.retain(|(guest, _), _| guest != id);
+                Save::ForgetGuest { guest, term } => {
+                    self.saved.remove(guest);
+                    self.forgotten.insert(guest.clone(), *term);
                 }
                 Save::Guest(plan) => {
                     let text = serde_json::to_string(plan).expect("plans can be written");

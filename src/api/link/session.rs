@@ -170,6 +170,7 @@ impl<S: AgentStatus> Driver<S> {
     fn carry_out(&self, id: u64, command: Command, out: &mpsc::Sender<ToManager>) {
         let slot = self.slots.clone().try_acquire_owned();
         let (handler, out, runtime) = (self.handler.clone(), out.clone(), self.commands_on.clone());
+        let (shared, decision) = (self.shared.clone(), super::decision(&command));
         self.commands_on.spawn(async move {
             let outcome = if slot.is_err() {
                 let message = format!("{MAX_COMMANDS_IN_FLIGHT} commands are worked on already");
@@ -177,7 +178,10 @@ impl<S: AgentStatus> Driver<S> {
             } else {
                 let name = command_name(&command);
                 match runtime.spawn(async move { handler.handle(command).await }).await {
-                    Ok(Ok(done)) => Outcome::Ok(done),
+                    Ok(Ok(done)) => {
+                        shared.decided(decision);
+                        Outcome::Ok(done)
+                    }
                     Ok(Err(error)) => Outcome::Error(error),
                     // A panic: what was done by then is unknown, which is what no answer at all says.
                     Err(error) => return tracing::error!("command {name} panicked: {error}"),
