@@ -179,6 +179,15 @@ fn all_around_the_guest_fails() {
         std::thread::sleep(Duration::from_secs(2));
         bed.empty_run(host);
     });
+    for host in [PRIMARY.to_owned(), bed.shadow_hosts()[1].clone()] {
+        let name = format!("full disk under the records of {host}, SIGKILL of its agent");
+        trial(&bed, &name, || {
+            bed.fill_records(&host);
+            bed.kill_agent(&host);
+            std::thread::sleep(Duration::from_secs(3));
+            bed.empty_records(&host);
+        });
+    }
     trial(&bed, "power cut of a shadow's host", || {
         let host = &bed.shadow_hosts()[0];
         bed.lab.power_cut(host).unwrap();

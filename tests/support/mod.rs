@@ -197,6 +197,19 @@ impl Bed {
         assert!(output.status.success(), "{output:?}");
     }
 
+    /// Leaves no free byte where the host's daemon keeps its records, until [`Bed::empty_records`].
+    pub fn fill_records(&self, host: &str) {
+        let script = "set -e; mount -t tmpfs -o size=256k full /mnt; cp -a /var/lib/virt-shadow/. /mnt/; \
+                      mount --bind /mnt /var/lib/virt-shadow; dd if=/dev/zero of=/mnt/filler bs=4k 2>/dev/null || true; \
+                      ! echo full > /var/lib/virt-shadow/filler.more";
+        let output = self.lab.exec(host, &["sh", "-c", script]).unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    pub fn empty_records(&self, host: &str) {
+        assert!(self.lab.exec(host, &["sh", "-c", "rm -f /mnt/filler*"]).unwrap().status.success());
+    }
+
     /// `virt-shadow` as an operator on a host calls it: exit code, standard output, standard error.
     pub fn cli(&self, host: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
         let program = program("virt-shadow");
