@@ -12,6 +12,14 @@ HOST_PACKAGES="qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients 
 MARKER=/var/lib/virt-shadow-setup/packages
 BACKPORTS=/etc/apt/sources.list.d/virt-shadow-backports.sources
 
+# Debian 12's own Rust is too old; the one it keeps for its browsers is not. A toolchain that is there is left alone.
+OLDEST_RUST=1.89
+rust_is_new_enough() {
+  found=$(cargo --version 2>/dev/null | cut -d' ' -f2) && [ -n "$found" ] &&
+    [ "$(printf '%s\n%s\n' "$OLDEST_RUST" "$found" | sort -V | head -n 1)" = "$OLDEST_RUST" ]
+}
+if ! rust_is_new_enough; then BUILD_PACKAGES="$BUILD_PACKAGES rustc-web cargo-web rustfmt-web"; fi
+
 wanted=$(echo $BUILD_PACKAGES $HOST_PACKAGES)
 
 die() { echo "setup: $*" >&2; exit 1; }
@@ -63,4 +71,5 @@ fi
 rm -f "$log"
 mkdir -p "$(dirname "$MARKER")"
 echo "$wanted" >"$MARKER"
+rust_is_new_enough || die "no Rust of at least $OLDEST_RUST is to be had from this machine's package sources; install it"
 echo "setup: done: $(qemu-system-x86_64 --version | head -n 1), libvirt $(virsh --version)"
