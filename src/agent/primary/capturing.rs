@@ -12,6 +12,7 @@ use vmsync::source::{
 use vmsync::units::{Epoch, GuestUuid, Lineage, Millis, PeerId, Term};
 
 use super::cut_thread::{CutAnswer, CutThread};
+use super::describe::{definition_of, description_of, monitor_call, random_u64, refuse_what_cannot_be_captured};
 use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::FinalCut;
@@ -27,10 +28,8 @@ use crate::api::types::{ApiError, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
+use crate::hypervisor::DomainState;
 use crate::hypervisor::process::QemuProcess;
-use crate::hypervisor::xml::GuestDefinition;
-use crate::hypervisor::{Domain, DomainState, XmlKind};
-use crate::standby::ShadowDescription;
 
 /// Level of the pages' compression; the fastest that still shrinks well.
 const ZSTD_LEVEL: i32 = 1;
@@ -666,49 +665,4 @@ fn perform(effect: SourceEffect, memory: &GuestMemory, guest: &str, out: &mut Ou
         }
     }
     None
-}
-
-/// Sends commands over whatever connection to libvirt there is at that moment.
-fn monitor_call(domain: LiveDomain) -> crate::capture::cutter::MonitorCall {
-    Arc::new(move |command| {
-        domain.get().and_then(|domain| domain.qmp(command)).map(drop).map_err(|error| error.to_string())
-    })
-}
-
-/// The live definition without what changes by itself.
-fn definition_of(domain: &Domain) -> Result<String, String> {
-    let xml = domain.xml(XmlKind::Migratable).map_err(|e| e.to_string())?;
-    Ok(xml.lines().filter(|line| !line.trim_start().starts_with("<currentMemory")).collect::<Vec<_>>().join("\n"))
-}
-
-/// What `enable` refuses may also be plugged into a protected guest later.
-fn refuse_what_cannot_be_captured(xml: &str) -> Result<(), String> {
-    let definition = GuestDefinition::parse(xml).map_err(|e| e.to_string())?;
-    let refusals = definition.refusals();
-    if refusals.is_empty() {
-        return Ok(());
-    }
-    Err(refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-}
-
-/// What the shadow's host needs to make the waiting domain.
-fn description_of(domain: &Domain, live_xml: &str) -> Result<Vec<u8>, String> {
-    let persistent = domain.is_persistent().map_err(|e| e.to_string())?;
-    let inactive_xml = if persistent { Some(domain.xml(XmlKind::Inactive).map_err(|e| e.to_string())?) } else { None };
-    let description = ShadowDescription {
-        name: domain.name().into(),
-        uuid: domain.uuid().into(),
-        live_xml: live_xml.into(),
-        inactive_xml,
-    };
-    serde_json::to_vec(&description).map_err(|e| e.to_string())
-}
-
-fn random_u64() -> Result<u64, String> {
-    use std::io::Read;
-    let mut bytes = [0; 8];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(|error| format!("/dev/urandom: {error}"))?;
-    Ok(u64::from_le_bytes(bytes))
 }

@@ -10,6 +10,7 @@
 
 mod capturing;
 mod cut_thread;
+mod describe;
 mod epochs;
 mod exit_watch;
 mod final_cut;
