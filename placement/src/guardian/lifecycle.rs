@@ -3,7 +3,7 @@
 use super::context::{Context, DoneOrder};
 use super::failover::{self, Cause};
 use super::model::{Failover, FailoverStep, Guest, Leave, Live, Phase, Record, Seat, Switchover, SwitchoverStep};
-use super::{Answer, Level, Order, Outcome, RequestError};
+use super::{Answer, Level, Order, Outcome, RequestError, switchover};
 use crate::term::Role;
 use crate::units::{Epoch, HostName, Term};
 
@@ -254,6 +254,9 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
 
 /// Outcome of asking a host whether it runs a guest of which it says nothing.
 pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
+    if guest.live.moving == Some(done.token) {
+        return switchover::described(guest, cx, &done);
+    }
     if guest.live.revival == Some(true) && done.host == guest.plan.primary {
         return revive(guest, cx, &done.outcome);
     }

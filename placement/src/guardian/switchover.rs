@@ -113,14 +113,37 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
         (SwitchoverStep::Undo { .. }, Order::UndoFinalCut { .. }, Outcome::Refused { code, message })
             if code == "not-running" || code == "not-found" =>
         {
-            let cause = Cause::gone(guest, cx, format!("it ended during a switchover: {message}"));
-            failover::begin(guest, cx, cause);
+            // It has ended; or its agent was restarted and has not taken it up again, which the host itself can tell.
+            guest.live.waiting_note = message;
+            let primary = guest.plan.primary.clone();
+            let order = Order::Describe { guest: failover::id(guest) };
+            guest.live.moving = Some(cx.order(guest, &primary, order, LOOK_TIMEOUT_MS));
         }
         (SwitchoverStep::Undo { .. }, Order::UndoFinalCut { .. }, outcome) => {
             guest.live.waiting_note = format!("cannot yet be resumed on {}: {}", guest.plan.primary, why(&outcome));
             guest.live.move_again = cx.now.plus_ms(AGAIN_MS);
         }
         _ => (),
+    }
+}
+
+/// Whether the primary's host, which knew nothing of a held guest, runs it.
+pub(super) fn described(guest: &mut Guest, cx: &mut Context<'_>, done: &DoneOrder) {
+    guest.live.moving = None;
+    let Phase::SwitchingOver(Switchover { step: SwitchoverStep::Undo { reason }, .. }) = &guest.plan.phase else {
+        return;
+    };
+    match &done.outcome {
+        // Protected anew, its agent lets it go on.
+        Outcome::Done(Answer::Described { running: true }) => {
+            let reason = format!("{reason}; the guest is taken up again on {}", guest.plan.primary);
+            back_to_steady(guest, cx, true, reason);
+        }
+        Outcome::Unknown { .. } => guest.live.move_again = cx.now.plus_ms(AGAIN_MS),
+        Outcome::Done(_) | Outcome::Refused { .. } => {
+            let cause = Cause::gone(guest, cx, format!("it ended during a switchover ({reason})"));
+            failover::begin(guest, cx, cause);
+        }
     }
 }
 

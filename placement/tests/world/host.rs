@@ -256,6 +256,9 @@ pub fn carry_out(
             NOTHING
         }
         Order::Promote { guest, term, after_epoch } => promote(host, guest, *term, *after_epoch, refuse),
+        Order::UndoFinalCut { guest, .. } if !host.primaries.contains_key(guest) => {
+            refused("not-found", "no primary here")
+        }
         Order::UndoFinalCut { guest, term } => {
             let Some(suspended) = host.runs.get_mut(guest) else { return refused("not-running", "it has ended") };
             *suspended = None;

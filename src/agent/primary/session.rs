@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::capturing::Capturing;
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
+use super::final_cut::FinalCut;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
 use crate::agent::primary::cut_thread::CutAnswer;
@@ -146,6 +147,8 @@ impl Session {
         if let Some(capturing) = self.capturing.take() {
             capturing.detach(&self.context, &uuid, matches!(end, End::Released));
         }
+        // However it ended, no copy is held here any more; a later one must not be taken for it.
+        FinalCut::forget(&self.context.run_dir, &uuid);
         let term = self.spec.term;
         match end {
             End::Released => {
