@@ -65,7 +65,6 @@ pub(super) struct Capturing {
     process: QemuProcess,
     memory: GuestMemory,
     mappings: u64,
-    definition: String,
     pub(super) source: Source,
     cuts: CutThread,
     _exit: ExitWatch,
@@ -163,7 +162,6 @@ impl Capturing {
             process,
             memory,
             mappings,
-            definition,
             source,
             cuts,
             _exit: exit,
@@ -397,13 +395,15 @@ impl Capturing {
             Ok(domain) => domain,
             Err(error) => return self.look_again_later(&error.to_string()),
         };
-        let (layout, definition) = match (ram_layout(&domain), definition_of(&domain)) {
-            (Ok((layout, _)), Ok(definition)) => (layout, definition),
+        let described = definition_of(&domain).and_then(|definition| description_of(&domain, &definition));
+        let (layout, description) = match (ram_layout(&domain), described) {
+            (Ok((layout, _)), Ok(description)) => (layout, description),
             (Err(error), _) => return self.look_again_later(&error.to_string()),
             (_, Err(error)) => return self.look_again_later(&error),
         };
-        if layout != self.source.config().layout || definition != self.definition {
-            self.trouble = Some("its devices changed; the shadows are made anew".into());
+        let known = self.source.config();
+        if layout != known.layout || description != known.description {
+            self.trouble = Some("its devices or its definition changed; the shadows are told".into());
         }
     }
 

@@ -15,7 +15,7 @@ pub(super) const STUCK_AFTER: Duration = Duration::from_millis(300);
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Seen {
     Nothing,
-    /// Devices may have come or gone: look at the RAM blocks and the definition again.
+    /// Devices may have come or gone, or the definition changed: look at them and at the RAM blocks again.
     Devices,
     /// QEMU stopped or started its vCPUs, at its own time, microseconds.
     Stop {
@@ -46,6 +46,8 @@ impl DomainWatch {
         match event {
             HypervisorEvent::Monitor { event, time_us, details, .. } => self.monitor(event, *time_us, details, now),
             HypervisorEvent::DeviceAdded { .. } | HypervisorEvent::DeviceRemoved { .. } => Seen::Devices,
+            // The shadows keep the persistent definition too, for the day they are promoted.
+            HypervisorEvent::Lifecycle { event: Lifecycle::Defined | Lifecycle::Undefined, .. } => Seen::Devices,
             HypervisorEvent::Lifecycle { event: Lifecycle::Stopped(stopped), .. } => {
                 Seen::Ended { how: self.reason(*stopped) }
             }
