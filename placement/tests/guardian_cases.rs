@@ -110,6 +110,22 @@ fn a_definite_no_passes_the_turn_with_a_further_term() {
 }
 
 #[test]
+fn a_lost_guest_that_is_started_again_by_hand_is_protected_again_even_if_nobody_tells() {
+    let mut world = protected(3, 3, 2);
+    for host in ["h1", "h2", "h3"] {
+        world.power_cut(&name(host));
+    }
+    for host in ["h1", "h2", "h3"] {
+        world.power_on(&name(host));
+    }
+    world.run_ms(5_000);
+    assert!(matches!(world.plan("web").unwrap().phase, Phase::Lost { .. }), "{:#?}", world.log);
+    assert!(world.start_guest(&name("h1"), &"web".into()));
+    world.forget_events();
+    assert!(world.run_until(8_000, |world| world.is_whole("web")), "{:#?}", world.log);
+}
+
+#[test]
 fn the_newest_commit_takes_over() {
     let mut world = protected(3, 3, 2);
     // h2's agent is away for a moment, so its commits stand still; h3's go on.

@@ -44,8 +44,9 @@ impl CommandHandler for Agent {
             Command::Verify { uuid } => Ok(Done::Verified(self.ask_primary(&uuid, |primary| primary.verify())?.await?)),
             Command::Witness { addr, timeout_ms, uuid } => {
                 let within = Duration::from_millis(timeout_ms.clamp(1, 10_000));
-                let stream_silent_ms = uuid.and_then(|uuid| self.shadows.silent_ms(&uuid));
                 let answers = blocking(move || transport::answers(addr, within)).await?;
+                // After the attempts: their time counts as silence too.
+                let stream_silent_ms = uuid.and_then(|uuid| self.shadows.silent_ms(&uuid));
                 Ok(Done::Witnessed { answers, stream_silent_ms })
             }
             Command::ShadowStatus { uuid } => Ok(Done::Shadow { status: self.shadows.status(&uuid) }),

@@ -1,5 +1,6 @@
 //! The REST API of the fleet: one function, used by the manager's own unix socket and for calls that agents forward.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use placement::HostName;
@@ -81,11 +82,12 @@ impl Manager {
         // Shadows are domains of the same name and UUID, so a guest that is known is looked for where it runs.
         let known = self.with_guest(&request.domain, |_, guest| guest.plan.clone()).await;
         let (host, found) = match known {
-            Ok(plan) if plan.phase == Phase::Steady => {
-                let found = self.describe(&plan.primary, plan.id.as_str()).await?;
-                (plan.primary, found)
-            }
-            _ => self.locate(&request.domain, request.host.as_deref()).await?,
+            Ok(plan) => match self.describe(&plan.primary, plan.id.as_str()).await {
+                Ok(found) if found.running || plan.phase == Phase::Steady => (plan.primary, found),
+                Err(error) if plan.phase == Phase::Steady => return Err(error),
+                Ok(_) | Err(_) => self.locate(plan.id.as_str(), None, &plan.seats).await?,
+            },
+            Err(_) => self.locate(&request.domain, request.host.as_deref(), &BTreeSet::new()).await?,
         };
         let Found { uuid, domain, memory_bytes, running, refusals } = found;
         if !running {
@@ -112,8 +114,15 @@ impl Manager {
     }
 
     /// The host that `domain` is on: `here`, where it was asked for, or else the only one that has it.
-    async fn locate(&self, domain: &str, here: Option<&str>) -> Result<(HostName, Found), ApiError> {
+    /// Hosts in `not_on` have copies that do not count.
+    async fn locate(
+        &self,
+        domain: &str,
+        here: Option<&str>,
+        not_on: &BTreeSet<HostName>,
+    ) -> Result<(HostName, Found), ApiError> {
         let mut hosts = self.links.connected();
+        hosts.retain(|host| !not_on.contains(host));
         if let Some(here) = here.map(HostName::from) {
             match self.describe(&here, domain).await {
                 Ok(found) if found.running => return Ok((here, found)),

@@ -16,6 +16,8 @@ use crate::units::{HostName, Moment};
 const MAX_WITNESSES: usize = 5;
 /// What a witness's answer may take on top of the time it probes.
 const WITNESS_SLACK_MS: u64 = 300;
+/// Once one of them says that it is gone, the others have this long on top to contradict: one may be gone as well.
+const OTHERS_WITHIN_MS: u64 = 50;
 
 impl Guardian {
     pub(super) fn hello(&mut self, now: Moment, intro: HostIntro, records: &[Record], ready: &mut Ready) {
@@ -214,10 +216,12 @@ impl Guardian {
             return;
         }
         if self.guests.values().any(|guest| depends_on(guest, name)) {
-            if suspicion.witnesses.values().any(Option::is_none) {
+            let gone = suspicion.witnesses.values().any(|said| *said == Some(true));
+            let waited_long = now.ms_since(suspicion.since) >= self.settings.confirm_ms + OTHERS_WITHIN_MS;
+            if suspicion.witnesses.values().any(Option::is_none) && !(gone && waited_long) {
                 return;
             }
-            if !suspicion.witnesses.values().any(|said| *said == Some(true)) {
+            if !gone {
                 let note = match suspicion.note.as_str() {
                     "" => "no answer to us, and no other host could be asked".to_owned(),
                     heard => heard.to_owned(),

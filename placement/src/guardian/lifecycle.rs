@@ -10,6 +10,8 @@ use crate::units::{Epoch, HostName, Term};
 const DESCRIBE_TIMEOUT_MS: u64 = 5_000;
 /// A copy that runs elsewhere for this long is no migration that is about to end.
 const ELSEWHERE_MS: u64 = 60_000;
+/// How often the old host of a lost guest is asked whether it runs again.
+const LOST_LOOK_MS: u64 = 2_000;
 /// Reports may be this much older than the answer to an order.
 const REPORT_SETTLES_MS: u64 = 3_000;
 
@@ -285,10 +287,15 @@ pub(super) fn order_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrde
 /// A lost guest may be started on its old host at any time, so a shadow that came back takes over only when that host is
 /// down, or has said that it does not run the guest and then that it will not.
 pub(super) fn tend_lost(guest: &mut Guest, cx: &mut Context<'_>) {
+    let primary = guest.plan.primary.clone();
+    if guest.live.revival.is_none() && cx.now >= guest.live.move_again && cx.is_connected(&primary) {
+        // Its host may not tell by itself that it was started again.
+        guest.live.move_again = cx.now.plus_ms(LOST_LOOK_MS);
+        cx.order(guest, &primary, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
+    }
     if guest.live.revival != Some(false) {
         return;
     }
-    let primary = guest.plan.primary.clone();
     if cx.is_down(&primary) {
         let text = "a shadow came back".to_owned();
         failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: false });

@@ -225,8 +225,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub(super) fn resumed(plan: GuestPlan, now: Moment) -> Self {
+    pub(super) fn new(plan: GuestPlan, now: Moment) -> Self {
         Self { plan, live: Live::new(now) }
+    }
+    /// After a restart of ours: what was told need not be told again.
+    pub(super) fn resumed(plan: GuestPlan, now: Moment) -> Self {
+        Self { plan, live: Live { told_whole: Some(true), ..Live::new(now) } }
     }
     /// Why fewer shadows than wanted are kept, or the primary cannot be captured; empty when all is well.
     pub fn reason(&self) -> String {

@@ -81,7 +81,7 @@ impl Guardian {
                 former: BTreeMap::new(),
                 phase: Phase::Leaving,
             };
-            self.guests.insert(id.clone(), Guest::resumed(plan, now));
+            self.guests.insert(id.clone(), Guest::new(plan, now));
         }
         let mut result = Ok(());
         self.with_guest(now, &id, ready, |guest, cx| result = apply(guest, cx, wish));
@@ -121,7 +121,7 @@ impl Guardian {
             phase: Phase::Leaving,
         };
         ready.save.push(Save::Guest(plan.clone()));
-        self.guests.insert(id.clone(), Guest::resumed(plan, now));
+        self.guests.insert(id.clone(), Guest::new(plan, now));
         self.with_guest(now, id, ready, |_, _| ());
         true
     }

@@ -250,6 +250,12 @@ impl World {
         started
     }
 
+    /// What agents have told and is still on its way gets lost.
+    pub fn forget_events(&mut self) {
+        let told = |what: &What| matches!(what, What::Tell { event: Event::Started { .. }, .. });
+        self.queue.retain(|_, what| !told(what));
+    }
+
     fn flush_events(&mut self, name: &HostName) {
         let Some(host) = self.hosts.get_mut(name) else { return };
         if host.connection.is_none() || self.guardian.is_none() {
