@@ -15,19 +15,22 @@ pub(super) fn completion(shell: Shell) -> String {
         Shell::Zsh => aot::Shell::Zsh,
         Shell::Fish => aot::Shell::Fish,
     };
+    // Its generator for bash muddles subcommands if the program's name has a dash: it gets one without, for functions.
+    let name = if shell == Shell::Bash { "virtshadow" } else { "virt-shadow" };
     let mut script = Vec::new();
-    aot::generate(generator, &mut shown(Cli::command()), "virt-shadow", &mut script);
+    aot::generate(generator, &mut shown(Cli::command(), name), name, &mut script);
     let mut script = String::from_utf8_lossy(&script).into_owned();
     if shell == Shell::Bash {
+        script = script.replace("-o default virtshadow\n", "-o default virt-shadow\n");
         script.push_str(BASH_NAMES);
     }
     script
 }
 
 /// `command` without its hidden subcommands, which clap's generators would offer.
-fn shown(command: clap::Command) -> clap::Command {
+fn shown(command: clap::Command, name: &'static str) -> clap::Command {
     let kept = command.get_subcommands().filter(|sub| !sub.is_hide_set()).cloned().collect::<Vec<_>>();
-    let bare = clap::Command::new("virt-shadow");
+    let bare = clap::Command::new(name);
     let bare = command.get_arguments().cloned().fold(bare, clap::Command::arg);
     let about = command.get_about().cloned().unwrap_or_default();
     bare.about(about).version(env!("CARGO_PKG_VERSION")).subcommands(kept)
@@ -35,7 +38,7 @@ fn shown(command: clap::Command) -> clap::Command {
 
 /// Adds names of domains and hosts, asked for when they are needed, to what clap generates.
 const BASH_NAMES: &str = r#"
-_virt-shadow_with_names() {
+_virtshadow_with_names() {
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" command="" names="" word
     case "$previous" in
         --to|--on)
@@ -43,7 +46,7 @@ _virt-shadow_with_names() {
             return 0
             ;;
     esac
-    _virt-shadow "$@"
+    _virtshadow "$@"
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
         case "$word" in
             enable|disable|info|watch|promote|switchover|verify) command="$word"; break ;;
@@ -58,7 +61,7 @@ _virt-shadow_with_names() {
     fi
     return 0
 }
-complete -F _virt-shadow_with_names -o bashdefault -o default virt-shadow
+complete -F _virtshadow_with_names -o bashdefault -o default virt-shadow
 "#;
 
 /// `virt-shadow.1`, one page per command, and `virtshadowd.8`.
@@ -90,11 +93,42 @@ mod tests {
     #[test]
     fn completion_knows_commands_and_asks_for_names() {
         let script = completion(Shell::Bash);
-        for word in ["switchover", "--interval", "--force", "virt-shadow -q list --name", "_virt-shadow_with_names"] {
+        for word in ["switchover", "--interval", "--force", "virt-shadow -q list --name", "_virtshadow_with_names"] {
             assert!(script.contains(word), "{word}");
         }
         assert!(!script.contains(" hook "), "hidden commands are not offered");
         assert!(completion(Shell::Fish).contains("virt-shadow"));
+    }
+
+    /// What bash makes of a line, with the programs that are asked for names played.
+    fn completed(line: &str) -> String {
+        let script = completion(Shell::Bash);
+        let words = line.split(' ').collect::<Vec<_>>();
+        let (last, previous) = (words.len() - 1, words[words.len() - 2]);
+        let ask = format!(
+            "{script}\nvirsh() {{ echo web db; }}\nvirt-shadow() {{ [[ $2 = hosts ]] && echo host1 host2 || echo web; }}\n\
+             COMP_WORDS=({line}); COMP_CWORD={last}\n\
+             _virtshadow_with_names virt-shadow '{}' '{previous}'; echo \"${{COMPREPLY[@]}}\"",
+            words[last]
+        );
+        let output = std::process::Command::new("bash").arg("-c").arg(ask).output().unwrap();
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    #[test]
+    fn bash_completes_commands_options_and_names() {
+        for (line, expected) in [
+            ("virt-shadow switch", "switchover"),
+            ("virt-shadow enable --sh", "--shadows"),
+            ("virt-shadow enable d", "db"),
+            ("virt-shadow info w", "web"),
+            ("virt-shadow enable web --on h", "host1 host2"),
+            ("virt-shadow switchover web --to host2", "host2"),
+            ("virt-shadow --format j", "json"),
+        ] {
+            assert_eq!(completed(line), expected, "{line}");
+        }
     }
 
     #[test]
