@@ -69,18 +69,19 @@ pub(super) fn man(directory: &Path) -> io::Result<()> {
     std::fs::create_dir_all(directory)?;
     let mut tool = Cli::command();
     tool.build();
-    page(directory, "virt-shadow", "1", tool.clone())?;
+    page(directory, "virt-shadow", "virt-shadow", "1", tool.clone())?;
     for command in tool.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help") {
         let name = format!("virt-shadow-{}", command.get_name());
-        page(directory, &name, "1", command.clone())?;
+        page(directory, &name, &name.replacen("virt-shadow-", "virt-shadow ", 1), "1", command.clone())?;
     }
-    page(directory, "virtshadowd", "8", Daemon::command())
+    page(directory, "virtshadowd", "virtshadowd", "8", Daemon::command())
 }
 
-fn page(directory: &Path, name: &str, section: &str, command: clap::Command) -> io::Result<()> {
+/// `usage`: how the command is called.
+fn page(directory: &Path, name: &str, usage: &str, section: &str, command: clap::Command) -> io::Result<()> {
     // clap keeps names for ever; there are a dozen of these in a run.
     let leaked: &'static str = Box::leak(name.to_owned().into_boxed_str());
-    let command = command.name(leaked).display_name(leaked);
+    let command = command.name(leaked).display_name(leaked).bin_name(usage);
     let mut text = Vec::new();
     clap_mangen::Man::new(command).section(section).manual("virt-shadow").render(&mut text)?;
     std::fs::write(directory.join(format!("{name}.{section}")), text)
@@ -136,6 +137,7 @@ mod tests {
         let directory = std::env::temp_dir().join(format!("virt-shadow-man-{}", std::process::id()));
         man(&directory).unwrap();
         let enable = std::fs::read_to_string(directory.join("virt-shadow-enable.1")).unwrap();
+        assert!(enable.contains("\\fBvirt\\-shadow enable\\fR"), "{enable}");
         assert!(enable.contains("Protect a running domain") && enable.contains("\\-\\-interval"), "{enable}");
         assert!(directory.join("virtshadowd.8").exists() && directory.join("virt-shadow.1").exists());
         assert!(!directory.join("virt-shadow-hook.1").exists());
