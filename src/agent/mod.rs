@@ -16,7 +16,7 @@ mod records;
 mod shadows;
 mod stats;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,6 @@ pub struct Agent {
     context: Arc<PrimaryContext>,
     shadows: Arc<Shadows>,
     primaries: Mutex<BTreeMap<String, Primary>>,
-    /// Guests whose start libvirt may ask about because we are just starting them.
-    starting: Arc<Mutex<BTreeSet<String>>>,
     link: Arc<OnceLock<AgentLink>>,
     welcomed_at: Mutex<Option<Instant>>,
     tracker: &'static str,
@@ -68,8 +66,7 @@ pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result
     let libvirt = Libvirt::start(&config.agent.libvirt_uri, Arc::new(move |event| unclaimed(event, &*others)))?;
     let guards = Arc::new(GuardKeeper::default());
     guards.get().context("cannot start the guard process")?;
-    let starting: Arc<Mutex<BTreeSet<String>>> = Arc::default();
-    let shadows = Shadows::start(config, Arc::clone(&libvirt), Arc::clone(&records), Arc::clone(&starting))?;
+    let shadows = Shadows::start(config, Arc::clone(&libvirt), Arc::clone(&records))?;
     let context = Arc::new(PrimaryContext {
         host: config.host.clone(),
         libvirt: Arc::clone(&libvirt),
@@ -89,7 +86,6 @@ pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result
         context,
         shadows,
         primaries: Mutex::default(),
-        starting,
         link: Arc::clone(&link),
         welcomed_at: Mutex::default(),
         tracker,
@@ -103,9 +99,9 @@ pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result
 /// Remembers since when the manager knows this host.
 async fn note_welcome(agent: Arc<Agent>, mut connected: watch::Receiver<bool>) {
     loop {
-        if *connected.borrow_and_update() {
-            lock(&agent.welcomed_at).get_or_insert_with(Instant::now);
-        }
+        // Cut off, this host cannot know any more whether its guests still are its own to start.
+        let since = connected.borrow_and_update().then(Instant::now);
+        *lock(&agent.welcomed_at) = since;
         if connected.changed().await.is_err() {
             return;
         }
@@ -156,9 +152,6 @@ impl Agent {
     /// May libvirt start this guest here? Asked by the hook.
     fn start_allowed(&self, uuid: &str) -> Result<(), String> {
         let Some(record) = self.records.get(uuid) else { return Ok(()) };
-        if lock(&self.starting).contains(uuid) {
-            return Ok(());
-        }
         let name = &record.domain;
         match record.role {
             Role::Retired => Err(format!(

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::api::client::{Client, ClientError};
 use crate::api::control::{GuestRecord, Role};
 use crate::api::percent;
+use crate::hypervisor::xml::is_shadow;
 
 /// libvirt waits meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -39,6 +40,11 @@ pub async fn run(client: &Client, state_dir: &Path, name: &str, operation: &str)
         // Without an identity it is no guest of ours.
         return Ok(());
     };
+    // A waiting shadow of ours: it cannot run before it has been given a state. Told by its definition, not by the
+    // moment: while it is being made an operator must not get the guest itself through.
+    if std::str::from_utf8(&xml).is_ok_and(|xml| is_shadow(xml).unwrap_or(false)) {
+        return Ok(());
+    }
     let path = format!("/v1/hook?uuid={uuid}&name={}", percent::encode(name));
     match client.clone().with_timeout(TIMEOUT).get::<Verdict>(&path).await {
         Ok(verdict) if verdict.allowed => Ok(()),

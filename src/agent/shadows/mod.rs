@@ -10,7 +10,7 @@
 mod connection;
 mod slot;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -34,8 +34,6 @@ pub(super) struct Shared {
     pub(super) host: String,
     pub(super) run_dir: std::path::PathBuf,
     pub(super) libvirt: Arc<Libvirt>,
-    /// Guests whose start the hook must let pass: we are starting them.
-    pub(super) starting: Arc<Mutex<BTreeSet<String>>>,
     /// Promoted guests that are being announced and defined.
     pub(super) finishing: Mutex<BTreeMap<String, JoinHandle<()>>>,
 }
@@ -60,19 +58,13 @@ pub struct Shadows {
 
 impl Shadows {
     /// Takes up the shadows that a former agent of this host left, and listens for primaries.
-    pub fn start(
-        config: &Config,
-        libvirt: Arc<Libvirt>,
-        records: Arc<Records>,
-        starting: Arc<Mutex<BTreeSet<String>>>,
-    ) -> anyhow::Result<Arc<Self>> {
+    pub fn start(config: &Config, libvirt: Arc<Libvirt>, records: Arc<Records>) -> anyhow::Result<Arc<Self>> {
         let addr: SocketAddr = config.agent.sync_listen;
         let listener = listen(addr).with_context(|| format!("cannot listen at {addr} for primaries"))?;
         let shared = Arc::new(Shared {
             host: config.host.clone(),
             run_dir: config.run_dir.clone(),
             libvirt,
-            starting,
             finishing: Mutex::default(),
         });
         let shadows = Arc::new(Self {

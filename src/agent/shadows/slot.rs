@@ -351,9 +351,7 @@ impl Slot {
             return Ok(PreparedImage::Kept);
         }
         self.step_locked(&mut inner, TargetEvent::ImageLost);
-        super::lock(&self.shared.starting).insert(self.uuid.clone());
         let made = Shadow::create(&hypervisor, &description, &hello.layout, run_dir);
-        super::lock(&self.shared.starting).remove(&self.uuid);
         inner.shadow = Some(made.map_err(|e| e.to_string())?);
         Ok(PreparedImage::Fresh)
     }
