@@ -146,8 +146,7 @@ fn what_must_not_happen_does_not() {
     assert!(client.verify().unwrap().contains("errors=0"));
 }
 
-/// An agent that dies in the middle of a promotion leaves a guest that runs, or a shadow that can still be promoted,
-/// or (when it died while the state was being written) nothing that looks like a shadow.
+/// An agent that dies in the middle of a promotion leaves a guest that runs or a shadow that can still be promoted.
 #[test]
 fn a_promotion_survives_the_death_of_its_agent() {
     let Some(stage) = Stage::new("death") else { return };
@@ -162,9 +161,7 @@ fn a_promotion_survives_the_death_of_its_agent() {
     }
     println!("{outcomes:?}");
     assert_eq!(outcomes[0].1, "waiting", "{outcomes:?}");
-    assert_eq!(outcomes[5].1, "promoted", "{outcomes:?}");
-    // Writing takes 0.2 ms; only who dies within these can lose the shadow.
-    assert!(outcomes.iter().filter(|(_, outcome)| outcome == "none").count() <= 1, "{outcomes:?}");
+    assert!(outcomes.iter().all(|(_, outcome)| outcome != "none"), "{outcomes:?}");
 }
 
 /// libvirtd dies when the state has just been written: the guest runs, and that is what is reported.

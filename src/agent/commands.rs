@@ -9,10 +9,11 @@ use crate::api::link::CommandHandler;
 use crate::api::types::ApiError;
 use crate::hypervisor::xml::GuestDefinition;
 use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
+use crate::standby::is_uuid;
 use crate::transport;
 
 use super::primary::{Primary, PrimarySpec};
-use super::records::{RecordError, is_uuid};
+use super::records::RecordError;
 use super::{Agent, doctor, lock};
 
 impl CommandHandler for Agent {

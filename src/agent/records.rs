@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::api::control::{GuestRecord, Role};
+use crate::standby::{is_uuid, replace_file};
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {path}: {source}")]
@@ -25,15 +26,6 @@ pub struct RecordError {
 pub struct Records {
     dir: PathBuf,
     guests: Mutex<BTreeMap<String, GuestRecord>>,
-}
-
-/// Whether `text` is a UUID as libvirt prints it; anything else must not become a file name.
-pub fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(i, b)| match i {
-            8 | 13 | 18 | 23 => b == b'-',
-            _ => b.is_ascii_digit() || (b'a'..=b'f').contains(&b),
-        })
 }
 
 impl Records {
@@ -109,12 +101,8 @@ impl Records {
     fn write(&self, record: &GuestRecord) -> Result<(), RecordError> {
         let path = self.path(&record.uuid);
         let error = |source| RecordError { action: "write", path: path.clone(), source };
-        let temporary = path.with_extension("json.new");
         let text = serde_json::to_vec_pretty(record).map_err(|e| error(io::Error::other(e)))?;
-        let mut file = File::create(&temporary).map_err(error)?;
-        file.write_all(&text).and_then(|()| file.sync_all()).map_err(error)?;
-        fs::rename(&temporary, &path).map_err(error)?;
-        self.sync_dir()
+        replace_file(&path, &text).map_err(error)
     }
 
     fn sync_dir(&self) -> Result<(), RecordError> {

@@ -31,6 +31,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_HEAD: [u8; 8] = *b"QEVM\0\0\0\x03";
 /// QEMU's mark of the configuration section.
 const CONFIGURATION: u8 = 7;
+/// An empty description of the state (mark, be32 length): what QEMU waits for, or for an end of the file, once it has
+/// read all devices. With it the stream is complete by itself, so that one write hands over all of it or nothing.
+const NO_DESCRIPTION: [u8; 5] = [6, 0, 0, 0, 0];
 
 #[derive(Debug)]
 pub(super) struct Feed {
@@ -141,7 +144,7 @@ pub(super) fn machine_type(domain: &Domain) -> Result<String, HypervisorError> {
 }
 
 /// Makes an incoming stream of what `xen-save-devices-state` wrote: the same with the name of the machine type after
-/// its head (one byte 07, length as be32, name).
+/// its head (one byte 07, length as be32, name), and [`NO_DESCRIPTION`] at its end.
 pub(super) fn incoming_stream(saved: &[u8], machine: &str) -> Result<Vec<u8>, String> {
     let Some((head, rest)) = saved.split_first_chunk::<8>() else {
         return Err(format!("it has {} bytes only", saved.len()));
@@ -150,7 +153,7 @@ pub(super) fn incoming_stream(saved: &[u8], machine: &str) -> Result<Vec<u8>, St
         return Err(format!("it begins with {head:02x?} and not with QEMU's mark and version 3"));
     }
     let length = u32::try_from(machine.len()).map_err(|_| "the machine type's name is too long".to_owned())?;
-    let mut stream = Vec::with_capacity(saved.len() + 5 + machine.len());
+    let mut stream = Vec::with_capacity(saved.len() + 5 + machine.len() + NO_DESCRIPTION.len());
     stream.extend_from_slice(head);
     // A QEMU that writes the section itself needs no second one.
     if rest.first() != Some(&CONFIGURATION) {
@@ -159,6 +162,7 @@ pub(super) fn incoming_stream(saved: &[u8], machine: &str) -> Result<Vec<u8>, St
         stream.extend_from_slice(machine.as_bytes());
     }
     stream.extend_from_slice(rest);
+    stream.extend_from_slice(&NO_DESCRIPTION);
     Ok(stream)
 }
 
@@ -199,8 +203,9 @@ mod tests {
         let mut saved = STREAM_HEAD.to_vec();
         saved.extend_from_slice(b"\x04rest");
         let stream = incoming_stream(&saved, "pc-q35-10.0").unwrap();
-        assert_eq!(stream, b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0\x04rest");
-        assert_eq!(incoming_stream(&stream, "pc-q35-10.0").unwrap(), stream, "a section that is there stays alone");
+        assert_eq!(stream, b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0\x04rest\x06\0\0\0\0");
+        let head_is_there = incoming_stream(&stream, "pc-q35-10.0").unwrap();
+        assert_eq!(head_is_there[..stream.len()], stream, "a section that is there stays alone");
         assert!(incoming_stream(b"QEVM", "x").unwrap_err().contains("4 bytes"));
         assert!(incoming_stream(b"QEVM\0\0\0\x02rest", "x").unwrap_err().contains("version 3"));
     }

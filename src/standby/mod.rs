@@ -25,5 +25,5 @@ pub use error::{Result, StandbyError};
 pub use image::{Image, ImageError};
 pub use journal::{JournalError, JournalFile};
 pub use promote::{Promotion, Started, Timings};
-pub use record::{directory, journal_path, recorded, replace_file};
+pub use record::{directory, is_uuid, journal_path, recorded, replace_file};
 pub use shadow::{Adopted, Shadow, ShadowDescription};

@@ -153,7 +153,7 @@ pub(super) fn remove(run_dir: &Path, uuid: &str) -> io::Result<()> {
 }
 
 /// A UUID as libvirt writes it; nothing else may become part of a path.
-pub(super) fn is_uuid(text: &str) -> bool {
+pub fn is_uuid(text: &str) -> bool {
     text.len() == 36
         && text.bytes().enumerate().all(|(i, byte)| match i {
             8 | 13 | 18 | 23 => byte == b'-',

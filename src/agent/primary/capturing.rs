@@ -28,8 +28,8 @@ use crate::api::types::{ApiError, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
-use crate::hypervisor::DomainState;
 use crate::hypervisor::process::QemuProcess;
+use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
 
 /// Level of the pages' compression; the fastest that still shrinks well.
 const ZSTD_LEVEL: i32 = 1;
@@ -440,10 +440,9 @@ impl Capturing {
         if !stopped_long || self.paused || self.final_cut.is_some() || now < self.last_cut_ended + STUCK_AFTER / 3 {
             return;
         }
-        const REASON_UNKNOWN: i32 = 0;
         let Ok(domain) = self.domain.get() else { return };
         match (domain.state(), domain.job_running()) {
-            (Ok((DomainState::Paused, REASON_UNKNOWN)), Ok(false)) => {
+            (Ok((DomainState::Paused, PAUSED_UNKNOWN)), Ok(false)) => {
                 if now < self.last_cut_ended + STUCK_AFTER {
                     self.next_cut_at = now + STUCK_AFTER;
                     return;

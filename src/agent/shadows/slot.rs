@@ -2,18 +2,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vmsync::frame::{PageContent, PagesFrame};
-use vmsync::hashes::{HashSeed, hash_page};
+use vmsync::hashes::HashSeed;
 use vmsync::message::{Hello, SourceMessage};
-use vmsync::target::{
-    ConnId, HashId, PreparedImage, PromoteRefusal, Promotion, Target, TargetConfig, TargetEffect, TargetEvent,
-};
-use vmsync::units::{Epoch, GuestUuid, Millis, PAGE_SIZE, PageAddr, Term};
+use vmsync::target::{ConnId, HashId, PreparedImage, Promotion, Target, TargetConfig, TargetEffect, TargetEvent};
+use vmsync::units::{Epoch, GuestUuid, Millis, Term};
 use vmsync::wire::WireError;
 
 use super::connection::Answers;
@@ -21,7 +18,7 @@ use super::{Promoted, Shared};
 use crate::api::control::ShadowStatus;
 use crate::api::types::ApiError;
 use crate::hypervisor::{HypervisorEvent, Lifecycle};
-use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription};
+use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription, replace_file};
 
 /// Memory for epochs that are not applied yet: a quarter of the guest would do for most, this much for all.
 const STAGING_LIMIT_BYTES: u64 = 512 << 20;
@@ -274,7 +271,7 @@ impl Slot {
         match effect {
             TargetEffect::Prepare { hello, keep: _ } => self.begin_prepare(hello),
             TargetEffect::SaveState(bytes) => {
-                write_durably(&dir_of(&self.shared.run_dir, &self.uuid).join("target"), &bytes)
+                replace_file(&dir_of(&self.shared.run_dir, &self.uuid).join("target"), &bytes)
                     .map_err(|error| format!("state record: {error}"))?;
             }
             TargetEffect::AppendJournal { bytes, durable } => {
@@ -284,7 +281,10 @@ impl Slot {
                 }
             }
             TargetEffect::TruncateJournal { len_bytes } => inner.journal.truncate(len_bytes).map_err(|e| text(&e))?,
-            TargetEffect::Apply(frame) => apply(inner, &frame)?,
+            TargetEffect::Apply(frame) => {
+                let shadow = inner.shadow.as_mut().ok_or("its domain is gone")?;
+                shadow.image_mut().apply(&frame).map_err(|e| text(&e))?;
+            }
             TargetEffect::Hash { id, seed } => {
                 inner.hashing = Some(id);
                 self.begin_hashing(id, seed);
@@ -310,7 +310,7 @@ impl Slot {
             TargetEffect::Promote(promotion) => {
                 inner.promotion = Some(self.start_guest(inner, &promotion));
             }
-            TargetEffect::PromoteRefused(refusal) => inner.promotion = Some(Err(refusal_text(&refusal))),
+            TargetEffect::PromoteRefused(refusal) => inner.promotion = Some(Err(refusal.to_string())),
         }
         Ok(())
     }
@@ -367,7 +367,6 @@ impl Slot {
 
     fn hash_all(self: &Arc<Self>, id: HashId, seed: HashSeed) {
         let mut linear = 0u64;
-        let mut page = [0u8; PAGE_SIZE];
         loop {
             let mut inner = self.lock();
             if inner.hashing != Some(id) || inner.ended {
@@ -384,18 +383,14 @@ impl Slot {
                 inner.hashing = None;
                 return self.step_locked(&mut inner, TargetEvent::HashingDone { id });
             };
-            let left = layout.block_pages(start.block) - u64::from(start.page.get());
-            let count = (left as usize).min(HASH_PAGES_AT_ONCE);
-            let mut hashes = Vec::with_capacity(count);
-            for index in 0..count as u32 {
-                let addr = PageAddr::new(start.block.get(), start.page.get() + index);
-                if let Err(error) = shadow.image().read_page(addr, &mut page) {
+            let hashes = match shadow.image().hashes(seed, start, HASH_PAGES_AT_ONCE) {
+                Ok(hashes) => hashes,
+                Err(error) => {
                     tracing::error!(guest = self.domain, %error, "cannot read the shadow's memory");
                     return;
                 }
-                hashes.push(hash_page(seed, &page));
-            }
-            linear += count as u64;
+            };
+            linear += hashes.len() as u64;
             self.step_locked(&mut inner, TargetEvent::Hashed { id, start, hashes });
         }
     }
@@ -503,22 +498,6 @@ impl Slot {
     }
 }
 
-fn apply(inner: &mut Inner, frame: &PagesFrame) -> Result<(), String> {
-    let image = inner.shadow.as_mut().ok_or("its domain is gone")?.image_mut();
-    for (addr, content) in frame.iter() {
-        match content {
-            PageContent::Zero => image.zero_page(addr),
-            PageContent::Data(page) => image.write_page(addr, page),
-        }
-        .map_err(|error| error.to_string())?;
-    }
-    Ok(())
-}
-
-fn refusal_text(refusal: &PromoteRefusal) -> String {
-    refusal.to_string()
-}
-
 fn dir_of(run_dir: &Path, uuid: &str) -> PathBuf {
     run_dir.join("targets").join(uuid)
 }
@@ -529,13 +508,4 @@ fn remove_files(dir: &Path) {
     {
         tracing::warn!(dir = %dir.display(), %error, "cannot remove a shadow's files");
     }
-}
-
-/// Replaces a file whole: the old or the new content is there after a crash, never a mixture.
-fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
 }
