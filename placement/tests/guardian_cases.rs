@@ -182,6 +182,19 @@ fn a_guest_that_is_shut_down_is_not_failed_over_and_protected_again_when_it_star
 }
 
 #[test]
+fn a_migrated_guest_is_protected_where_it_went_even_if_it_ran_there_before() {
+    let mut world = protected(4, 4, 2);
+    for _ in 0..4 {
+        let plan = world.plan("web").unwrap().clone();
+        let free = |host: &&placement::HostName| **host != plan.primary && !plan.seats.contains(*host);
+        let to = world.hosts.keys().find(free).unwrap().clone();
+        world.migrate_guest(&plan.primary, &to, &"web".into());
+        assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+        assert_eq!(world.plan("web").unwrap().primary, to);
+    }
+}
+
+#[test]
 fn a_host_that_comes_back_does_not_start_what_runs_elsewhere() {
     let mut world = protected(3, 3, 1);
     world.power_cut(&name("h1"));

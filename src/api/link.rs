@@ -13,7 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -30,6 +30,11 @@ pub const MAX_EVENTS_KEPT: usize = 1024;
 pub const MAX_COMMANDS_IN_FLIGHT: usize = 256;
 /// Forwarded REST calls without an answer at a time.
 const MAX_API_IN_FLIGHT: usize = 256;
+
+/// Between libvirt's word that a guest comes by migration and its start.
+const INCOMING_FOR: Duration = Duration::from_secs(30);
+/// Migrations to one host at a time; libvirt's own limits are far lower.
+const MAX_INCOMING: usize = 256;
 
 /// What the link asks its agent for.
 pub trait AgentStatus: Send + Sync + 'static {
@@ -101,6 +106,7 @@ impl AgentLink {
             event_added: Notify::new(),
             session: Mutex::default(),
             held: Mutex::default(),
+            incoming: Mutex::default(),
             connected_seen,
         });
         let handler: Arc<dyn ErasedHandler> = handler;
@@ -176,9 +182,21 @@ impl AgentLink {
         self.handler.handle(command).await
     }
 
+    /// libvirt has begun to take that guest in by migration: for a short time it may start here, whatever ran before.
+    pub fn note_incoming(&self, uuid: &str) {
+        let mut incoming = self.shared.incoming();
+        incoming.retain(|_, begun| begun.elapsed() < INCOMING_FOR);
+        if incoming.len() < MAX_INCOMING {
+            incoming.insert(uuid.to_owned(), Instant::now());
+        }
+    }
+
     /// See [`CommandHandler::may_start`]. A guest whose death was told must not be started before the manager has said
     /// where it goes on: a shadow may be taking over this very moment.
     pub fn may_start(&self, uuid: &str) -> Result<(), String> {
+        if self.shared.incoming().remove(uuid).is_some_and(|begun| begun.elapsed() < INCOMING_FOR) {
+            return Ok(());
+        }
         if let Some(term) = self.shared.held().get(uuid) {
             return Err(format!(
                 "its QEMU died here (term {term}), and the manager has not said yet where it goes on; look with \
@@ -214,6 +232,8 @@ struct Shared {
     session: Mutex<SessionState>,
     /// Guests that died here as primaries of a term, and of which the manager has said nothing newer.
     held: Mutex<HashMap<String, u64>>,
+    /// Guests that libvirt is about to take in by migration, since when. One start each.
+    incoming: Mutex<HashMap<String, Instant>>,
     connected_seen: watch::Receiver<bool>,
 }
 
@@ -224,6 +244,9 @@ impl Shared {
     }
     fn held(&self) -> MutexGuard<'_, HashMap<String, u64>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn incoming(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// That command was carried out: does it decide about a guest that died?
     fn decided(&self, decision: Option<(String, u64)>) {

@@ -194,12 +194,19 @@ impl Backend {
         }
     }
 
-    /// May libvirt start a guest here?
+    /// May libvirt start a guest here? Or (`operation=migrate`) one is about to come by migration.
     fn hook(&self, query: &str) -> Result<Value, ApiError> {
-        let [uuid, _name] = percent::query(Some(query), ["uuid", "name"])
-            .map_err(|key| ApiError::new("invalid", format!("hook knows uuid and name, not {key:?}")))?;
+        let [uuid, _name, operation] = percent::query(Some(query), ["uuid", "name", "operation"])
+            .map_err(|key| ApiError::new("invalid", format!("hook knows uuid, name and operation, not {key:?}")))?;
         let Some(uuid) = uuid else { return Err(ApiError::new("invalid", "hook needs the uuid of the guest")) };
-        let reason = self.agent.as_ref().and_then(|link| link.may_start(&uuid.to_ascii_lowercase()).err());
+        let uuid = uuid.to_ascii_lowercase();
+        let reason = self.agent.as_ref().and_then(|link| match operation.as_deref() {
+            Some("migrate") => {
+                link.note_incoming(&uuid);
+                None
+            }
+            _ => link.may_start(&uuid).err(),
+        });
         Ok(json!({ "allowed": reason.is_none(), "reason": reason.unwrap_or_default() }))
     }
 

@@ -118,7 +118,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Hook { name, operation, state_dir, .. } => {
             hook::run(&session.client, &state_dir, &name, &operation)
                 .await
-                .failed_to(|| format!("allow the start of domain '{name}' on this host"))?;
+                // Few words: libvirt's own error, of 1 KiB at most, begins with the hook's whole environment.
+                .failed_to(|| format!("allow '{name}' here"))?;
         }
     }
     Ok(ExitCode::SUCCESS)

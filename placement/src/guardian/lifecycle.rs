@@ -236,9 +236,10 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
         guest.live.doubt = Some((since, true));
         cx.order(guest, &primary, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
     }
-    // What was started there was its shadow.
+    // What was started there was its shadow, or a copy that is about to be ended.
+    let ending = |host| guest.plan.former.get(host).is_some_and(|leave| *leave != Leave::Retired);
     if let Some((host, _)) = &guest.live.elsewhere
-        && (guest.plan.seats.contains(host) || guest.plan.former.contains_key(host))
+        && (guest.plan.seats.contains(host) || ending(host))
     {
         guest.live.elsewhere = None;
     }

@@ -134,6 +134,16 @@ impl SimHost {
         true
     }
 
+    /// Comes by migration: the hook lets it pass, whatever ran here before.
+    pub fn guest_comes(&mut self, guest: &GuestId) {
+        self.runs.insert(guest.clone(), None);
+        self.events.push(Event::Started { host: self.intro.name.clone(), guest: guest.clone() });
+    }
+
+    pub fn guest_goes(&mut self, guest: &GuestId) {
+        self.ends(guest, |host, guest, term, _| Event::Stopped { host, guest, term, how: "migrated".into() });
+    }
+
     /// Guests whose vCPUs run.
     pub fn running(&self) -> impl Iterator<Item = &GuestId> {
         self.runs.iter().filter(|(_, suspended)| suspended.is_none()).map(|(guest, _)| guest)

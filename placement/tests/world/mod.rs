@@ -250,6 +250,19 @@ impl World {
         started
     }
 
+    /// As libvirt migrates: it starts there, then it ends here.
+    pub fn migrate_guest(&mut self, from: &HostName, to: &HostName, guest: &GuestId) {
+        self.say(format!("{guest} is migrated from {from} to {to}"));
+        if let Some(host) = self.hosts.get_mut(from) {
+            host.guest_goes(guest);
+        }
+        if let Some(host) = self.hosts.get_mut(to) {
+            host.guest_comes(guest);
+        }
+        self.flush_events(to);
+        self.flush_events(from);
+    }
+
     /// What agents have told and is still on its way gets lost.
     pub fn forget_events(&mut self) {
         let told = |what: &What| matches!(what, What::Tell { event: Event::Started { .. }, .. });
