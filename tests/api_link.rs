@@ -8,7 +8,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use virt_shadow::api::control::{Command, Done, GuestEvent, GuestRecord, Heartbeat, Outcome, ToAgent, ToManager};
 use virt_shadow::api::frame::{read_frame, write_frame};
-use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions, MAX_COMMANDS_IN_FLIGHT};
+use virt_shadow::api::link::{
+    AgentLink, AgentStatus, CommandHandler, LinkOptions, MAX_COMMANDS_IN_FLIGHT, StartRefusal,
+};
 use virt_shadow::api::types::ApiError;
 
 /// Obeys by name: `hang` never ends, `block` blocks its thread, `panic` panics, anything else is done.
@@ -38,7 +40,7 @@ impl CommandHandler for Agent {
         }
         Ok(Done::Nothing)
     }
-    fn may_start(&self, _: &str) -> Result<(), String> {
+    fn may_start(&self, _: &str) -> Result<(), StartRefusal> {
         Ok(())
     }
 }
@@ -220,7 +222,9 @@ async fn a_guest_that_died_is_not_started_before_the_manager_has_decided() {
     let mut stream = played.welcome().await;
     assert!(played.link.may_start("u").is_ok());
     played.link.event(GuestEvent::Died { uuid: "u".into(), term: 3, detail: "SIGKILL".into(), last_epoch: 1 });
-    let why = played.link.may_start("u").unwrap_err();
+    let refusal = played.link.may_start("u").unwrap_err();
+    let why = &refusal.reason;
+    assert!(refusal.undecided);
     assert!(why.contains("term 3") && why.contains("virt-shadow info u"), "{why}");
     let protect = |term| {
         let (uuid, domain) = ("u".to_owned(), "web".to_owned());
@@ -231,4 +235,16 @@ async fn a_guest_that_died_is_not_started_before_the_manager_has_decided() {
         while !matches!(next(&mut stream).await, Some(ToManager::Reply { id: answered, .. }) if answered == id) {}
         assert_eq!(played.link.may_start("u").is_ok(), decided, "an order that is older than the death says nothing");
     }
+}
+
+/// What comes by migration runs at its source until it runs here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_comes_by_migration_may_start_once() {
+    let played = play().await;
+    played.link.event(GuestEvent::Died { uuid: "u".into(), term: 3, detail: "SIGKILL".into(), last_epoch: 1 });
+    assert!(played.link.may_start("u").is_err());
+    played.link.note_incoming("u");
+    assert!(played.link.may_start("other").is_ok());
+    assert!(played.link.may_start("u").is_ok());
+    assert!(played.link.may_start("u").is_err(), "one start for one migration");
 }

@@ -170,7 +170,7 @@ async fn a_host_without_power_is_replaced_a_silent_agent_is_not() {
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}", agent.table().roles);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let why = agent.link().may_start(UUID).unwrap_err();
+    let why = agent.link().may_start(UUID).unwrap_err().reason;
     assert!(why.contains("elsewhere"));
 }
 
@@ -263,7 +263,7 @@ async fn calls_are_forwarded_from_hosts_without_the_manager() {
     let view: Value = client.post("/v1/guests", &json!({ "domain": "web" })).await.unwrap();
     assert_eq!(view["primary"]["host"], "h1");
     let hook: Value = client.get(&format!("/v1/hook?uuid={UUID}&name=web")).await.unwrap();
-    assert_eq!(hook, json!({ "allowed": true, "reason": "" }));
+    assert_eq!(hook, json!({ "allowed": true, "undecided": false, "reason": "" }));
     drop(daemon);
     let began = Instant::now();
     let error = client.get::<Value>("/v1/hosts").await.unwrap_err();

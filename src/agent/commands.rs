@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::api::control::{Command, Done, Role, ShadowTarget};
-use crate::api::link::CommandHandler;
+use crate::api::link::{CommandHandler, StartRefusal};
 use crate::api::types::ApiError;
 use crate::hypervisor::xml::GuestDefinition;
 use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
@@ -59,7 +59,7 @@ impl CommandHandler for Agent {
         }
     }
 
-    fn may_start(&self, uuid: &str) -> Result<(), String> {
+    fn may_start(&self, uuid: &str) -> Result<(), StartRefusal> {
         self.start_allowed(uuid)
     }
 }

@@ -24,7 +24,7 @@ use anyhow::Context;
 use tokio::sync::watch;
 
 use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Role};
-use crate::api::link::{AgentLink, AgentStatus, LinkOptions};
+use crate::api::link::{AgentLink, AgentStatus, LinkOptions, StartRefusal};
 use crate::config::Config;
 use crate::hypervisor::{HypervisorEvent, Lifecycle, Started};
 
@@ -150,28 +150,28 @@ impl AgentStatus for Agent {
 
 impl Agent {
     /// May libvirt start this guest here? Asked by the hook.
-    fn start_allowed(&self, uuid: &str) -> Result<(), String> {
+    fn start_allowed(&self, uuid: &str) -> Result<(), StartRefusal> {
         let Some(record) = self.records.get(uuid) else { return Ok(()) };
         let name = &record.domain;
         match record.role {
-            Role::Retired => Err(format!(
+            Role::Retired => Err(StartRefusal::never(format!(
                 "guest {name} was taken over by another host (term {term}); look with `virt-shadow info {name}`. To bring \
                  it back have a shadow of it made here with `virt-shadow enable {name} --on {host}`, then `virt-shadow \
                  switchover {name} --to {host}`",
                 term = record.term,
                 host = self.config.host
-            )),
-            Role::Shadow => Err(format!(
+            ))),
+            Role::Shadow => Err(StartRefusal::never(format!(
                 "this host keeps the shadow of guest {name}, whose primary runs elsewhere; \
                  `virt-shadow switchover {name} --to {}` moves it here",
                 self.config.host
-            )),
+            ))),
             Role::Primary => match *lock(&self.welcomed_at) {
                 Some(at) if at.elapsed() >= SETTLE_AFTER_WELCOME => Ok(()),
-                _ => Err(format!(
+                _ => Err(StartRefusal::not_yet(format!(
                     "guest {name} is protected and the manager has not yet said that this host may still run it; \
                      start the manager, then start the guest again"
-                )),
+                ))),
             },
         }
     }

@@ -48,12 +48,29 @@ pub trait AgentStatus: Send + Sync + 'static {
     fn heartbeat(&self) -> Heartbeat;
 }
 
+/// Why a guest must not start on this host, and what to do.
+#[derive(Debug, Clone)]
+pub struct StartRefusal {
+    pub reason: String,
+    /// It is only not decided yet: worth asking again in a moment.
+    pub undecided: bool,
+}
+
+impl StartRefusal {
+    pub fn never(reason: String) -> Self {
+        Self { reason, undecided: false }
+    }
+    pub fn not_yet(reason: String) -> Self {
+        Self { reason, undecided: true }
+    }
+}
+
 /// What carries out the manager's commands. Several are in flight at a time; repeating one is harmless.
 pub trait CommandHandler: Send + Sync + 'static {
     /// An `Err` is a definite no: nothing was done, or it was undone. Runs on the runtime that started the link.
     fn handle(&self, command: Command) -> impl Future<Output = Result<Done, ApiError>> + Send;
-    /// May libvirt start this guest on this host (asked by the hook)? `Err`: why not, and what to do.
-    fn may_start(&self, uuid: &str) -> Result<(), String>;
+    /// May libvirt start this guest on this host (asked by the hook)?
+    fn may_start(&self, uuid: &str) -> Result<(), StartRefusal>;
 }
 
 /// What an agent tells about itself, and where it finds its manager.
@@ -193,15 +210,15 @@ impl AgentLink {
 
     /// See [`CommandHandler::may_start`]. A guest whose death was told must not be started before the manager has said
     /// where it goes on: a shadow may be taking over this very moment.
-    pub fn may_start(&self, uuid: &str) -> Result<(), String> {
+    pub fn may_start(&self, uuid: &str) -> Result<(), StartRefusal> {
         if self.shared.incoming().remove(uuid).is_some_and(|begun| begun.elapsed() < INCOMING_FOR) {
             return Ok(());
         }
         if let Some(term) = self.shared.held().get(uuid) {
-            return Err(format!(
+            return Err(StartRefusal::not_yet(format!(
                 "its QEMU died here (term {term}), and the manager has not said yet where it goes on; look with \
                  `virt-shadow info {uuid}`"
-            ));
+            )));
         }
         self.handler.may_start(uuid)
     }
@@ -212,14 +229,14 @@ type HandlerFuture<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Done, ApiE
 /// [`CommandHandler`] behind a pointer.
 trait ErasedHandler: Send + Sync {
     fn handle(&self, command: Command) -> HandlerFuture<'_>;
-    fn may_start(&self, uuid: &str) -> Result<(), String>;
+    fn may_start(&self, uuid: &str) -> Result<(), StartRefusal>;
 }
 
 impl<H: CommandHandler> ErasedHandler for H {
     fn handle(&self, command: Command) -> HandlerFuture<'_> {
         Box::pin(CommandHandler::handle(self, command))
     }
-    fn may_start(&self, uuid: &str) -> Result<(), String> {
+    fn may_start(&self, uuid: &str) -> Result<(), StartRefusal> {
         CommandHandler::may_start(self, uuid)
     }
 }

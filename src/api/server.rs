@@ -200,14 +200,16 @@ impl Backend {
             .map_err(|key| ApiError::new("invalid", format!("hook knows uuid, name and operation, not {key:?}")))?;
         let Some(uuid) = uuid else { return Err(ApiError::new("invalid", "hook needs the uuid of the guest")) };
         let uuid = uuid.to_ascii_lowercase();
-        let reason = self.agent.as_ref().and_then(|link| match operation.as_deref() {
+        let refusal = self.agent.as_ref().and_then(|link| match operation.as_deref() {
             Some("migrate") => {
                 link.note_incoming(&uuid);
                 None
             }
             _ => link.may_start(&uuid).err(),
         });
-        Ok(json!({ "allowed": reason.is_none(), "reason": reason.unwrap_or_default() }))
+        let undecided = refusal.as_ref().is_some_and(|refusal| refusal.undecided);
+        let reason = refusal.as_ref().map_or("", |refusal| &refusal.reason);
+        Ok(json!({ "allowed": refusal.is_none(), "undecided": undecided, "reason": reason }))
     }
 
     /// What the manager answers, wherever it is.

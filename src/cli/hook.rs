@@ -7,7 +7,7 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
@@ -18,6 +18,7 @@ use crate::hypervisor::xml::is_shadow;
 
 /// libvirt waits meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(3);
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// Longest definition read.
 const MAX_XML_BYTES: u64 = 16 << 20;
 const MAX_RECORD_BYTES: u64 = 1 << 20;
@@ -25,6 +26,8 @@ const MAX_RECORD_BYTES: u64 = 1 << 20;
 #[derive(Deserialize)]
 struct Verdict {
     allowed: bool,
+    /// Not yet, but perhaps in a moment.
+    undecided: bool,
     reason: String,
 }
 
@@ -52,10 +55,17 @@ pub async fn run(client: &Client, state_dir: &Path, name: &str, operation: &str)
         let _ = client.clone().with_timeout(TIMEOUT).get::<Verdict>(&path).await;
         return Ok(());
     }
-    match client.clone().with_timeout(TIMEOUT).get::<Verdict>(&path).await {
-        Ok(verdict) if verdict.allowed => Ok(()),
-        Ok(verdict) => Err(verdict.reason),
-        Err(error) => from_records(state_dir, name, &uuid, &error),
+    let asked = Instant::now();
+    loop {
+        match client.clone().with_timeout(TIMEOUT).get::<Verdict>(&path).await {
+            Ok(verdict) if verdict.allowed => return Ok(()),
+            // Destroyed and started again at once: the manager is still to say that it lies with this host.
+            Ok(verdict) if verdict.undecided && asked.elapsed() < TIMEOUT => {
+                tokio::time::sleep(ASK_AGAIN_AFTER).await;
+            }
+            Ok(verdict) => return Err(verdict.reason),
+            Err(error) => return from_records(state_dir, name, &uuid, &error),
+        }
     }
 }
 

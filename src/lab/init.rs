@@ -31,6 +31,8 @@ const RESTART_DELAY: Duration = Duration::from_millis(300);
 const QUICK_END: Duration = Duration::from_secs(1);
 const QUICK_ENDS_MAX: u32 = 10;
 const CRASH_LOOP_DELAY: Duration = Duration::from_secs(3);
+/// Where a service finds programs.
+const SERVICE_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct InitSpec {
@@ -220,6 +222,9 @@ impl Service {
         })?;
         let child = Command::new(program)
             .args(arguments)
+            // As under an init system, whatever this lab was raised from.
+            .env_remove("LD_LIBRARY_PATH")
+            .env("PATH", SERVICE_PATH)
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(errors)

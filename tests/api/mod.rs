@@ -14,7 +14,7 @@ use virt_shadow::api::client::Client;
 use virt_shadow::api::control::{
     Command, Done, GuestEvent, GuestRecord, Heartbeat, PeerStatus, PrimaryStatus, Role, ShadowStatus,
 };
-use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions};
+use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions, StartRefusal};
 use virt_shadow::api::server::{self, Backend};
 use virt_shadow::api::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyReport, VerifyShadow};
 use virt_shadow::manager::{Manager, Options};
@@ -271,9 +271,9 @@ impl CommandHandler for FakeAgent {
         done
     }
 
-    fn may_start(&self, uuid: &str) -> Result<(), String> {
+    fn may_start(&self, uuid: &str) -> Result<(), StartRefusal> {
         match self.table().roles.get(uuid) {
-            Some((Role::Retired, _)) => Err("it runs elsewhere".into()),
+            Some((Role::Retired, _)) => Err(StartRefusal::never("it runs elsewhere".into())),
             _ => Ok(()),
         }
     }
