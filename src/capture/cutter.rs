@@ -28,7 +28,7 @@ use vmsync::units::PAGE_SIZE;
 
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
-use super::tracker::{Tracker, TrackerError};
+use super::tracker::{LiveReads, Tracker, TrackerError};
 
 /// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
 pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
@@ -141,6 +141,11 @@ impl Cutter {
 
     pub fn tracker_name(&self) -> &'static str {
         self.tracker.name()
+    }
+
+    /// See [`Tracker::live_reads`].
+    pub fn live_reads(&self) -> Option<LiveReads> {
+        self.tracker.live_reads()
     }
 
     /// Goes on with another guard, after the one we had was lost.

@@ -8,12 +8,15 @@
 //! Soft-dirty, the third way the kernel offers, resets a bit that checkpointing tools use as well and needs a kernel
 //! built for it; a kernel with it but without PAGEMAP_SCAN gets `hash`.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use vmsync::batch::PageBatch;
 use vmsync::page_set::{OutsideLayout, PageSet};
-use vmsync::units::PAGE_SIZE_U64;
+use vmsync::units::{PAGE_SIZE_U64, PageAddr};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::memory::{GuestMemory, MemoryError};
@@ -40,6 +43,38 @@ pub trait Tracker: Send {
 
     /// Adds to `written` all pages written since the last call, and possibly a few more.
     fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError>;
+
+    /// Where this tracker must be told what was read of the running guest between two cuts; `None`: it need not.
+    fn live_reads(&self) -> Option<LiveReads> {
+        None
+    }
+}
+
+/// Contents of the running guest's pages that were sent or compared since the last cut, as hashes. A page that was changed, read
+/// and changed back looks unwritten to who compares cuts only, and its reader has what never was at a cut.
+#[derive(Debug, Clone, Default)]
+pub struct LiveReads(Arc<Mutex<SeenPages>>);
+
+/// `None`: two readers got different contents, so at least one of them has what is not there at the cut.
+type SeenPages = HashMap<PageAddr, Option<u64>>;
+
+impl LiveReads {
+    /// To be called before the next cut begins.
+    pub fn note(&self, pages: &PageBatch) {
+        let mut seen = self.lock();
+        for (addr, page) in pages.iter() {
+            let hash = Some(xxh3_64(page));
+            seen.entry(addr).and_modify(|known| *known = known.filter(|_| *known == hash)).or_insert(hash);
+        }
+    }
+
+    fn take(&self) -> SeenPages {
+        std::mem::take(&mut self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, SeenPages> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// By userfaultfd and PAGEMAP_SCAN.
@@ -105,15 +140,17 @@ impl Tracker for UserfaultTracker {
     }
 }
 
-/// By comparing a hash of every page with that of the cut before.
+/// By comparing a hash of every page with that of the cut before, and with what was read in between.
 pub struct HashTracker {
     hashes: Vec<Vec<u64>>,
+    live_reads: LiveReads,
 }
 
 impl HashTracker {
     pub fn new(memory: &GuestMemory) -> Self {
         let pages = |len: u64| (len / PAGE_SIZE_U64) as usize;
-        Self { hashes: memory.ranges().map(|(_, _, len)| vec![0; pages(len)]).collect() }
+        let hashes = memory.ranges().map(|(_, _, len)| vec![0; pages(len)]).collect();
+        Self { hashes, live_reads: LiveReads::default() }
     }
 }
 
@@ -122,22 +159,70 @@ impl Tracker for HashTracker {
         "hash"
     }
 
-    fn prepare_part(&mut self, _: &GuestMemory) -> Result<bool, TrackerError> {
+    /// Hashes everything once: no more than each cut does.
+    fn prepare_part(&mut self, memory: &GuestMemory) -> Result<bool, TrackerError> {
+        self.collect(memory, &mut PageSet::new(memory.layout()))?;
         Ok(true)
     }
 
     fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError> {
         let hashes = &mut self.hashes;
+        let live_reads = self.live_reads.take();
         let mut inserted = Ok(false);
         memory.for_each_page(|addr, page| {
             let known = &mut hashes[addr.block.as_usize()][addr.page.get() as usize];
             let hash = xxh3_64(page);
-            if *known != hash {
+            if *known != hash || live_reads.get(&addr).is_some_and(|seen| *seen != Some(hash)) {
                 *known = hash;
                 inserted = inserted.and(written.insert(addr));
             }
         })?;
         inserted?;
         Ok(())
+    }
+
+    fn live_reads(&self) -> Option<LiveReads> {
+        Some(self.live_reads.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmsync::units::{BlockIndex, PAGE_SIZE, PageIndex};
+    use vmsync::{RamBlock, RamLayout};
+
+    /// This process's own memory stands for the guest's.
+    #[test]
+    fn a_page_that_was_read_in_between_and_changed_back_counts_as_written() {
+        let pages = 8;
+        let mut own = vec![0_u8; (pages + 1) * PAGE_SIZE];
+        let start = own.as_ptr().addr().next_multiple_of(PAGE_SIZE) - own.as_ptr().addr();
+        let layout = RamLayout::new(vec![RamBlock { name: "ram".into(), len_bytes: (pages * PAGE_SIZE) as u64 }]);
+        let address = own[start..].as_ptr().addr() as u64;
+        let memory = GuestMemory::new(std::process::id() as i32, Arc::new(layout.unwrap()), vec![address]).unwrap();
+        let page = |page| PageAddr { block: BlockIndex::new(0), page: PageIndex::new(page) };
+        let mut tracker = HashTracker::new(&memory);
+        assert!(tracker.prepare_part(&memory).unwrap());
+        let written = |tracker: &mut HashTracker| {
+            let mut written = PageSet::new(memory.layout());
+            tracker.collect(&memory, &mut written).unwrap();
+            written.iter().collect::<Vec<_>>()
+        };
+        let read = || memory.read([page(1), page(3)].into_iter(), PageBatch::new()).unwrap();
+        let live_reads = tracker.live_reads().unwrap();
+        live_reads.note(&read());
+        assert_eq!(written(&mut tracker), [], "read as it was at the cut");
+        own[start + PAGE_SIZE] = 7;
+        live_reads.note(&read());
+        own[start + PAGE_SIZE] = 0;
+        assert_eq!(written(&mut tracker), [page(1)]);
+        assert_eq!(written(&mut tracker), [], "told once");
+        live_reads.note(&read());
+        own[start + 3 * PAGE_SIZE] = 7;
+        live_reads.note(&read());
+        own[start + 3 * PAGE_SIZE] = 0;
+        live_reads.note(&read());
+        assert_eq!(written(&mut tracker), [page(3)], "one of two readers has something else");
     }
 }

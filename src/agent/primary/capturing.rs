@@ -28,6 +28,7 @@ use crate::api::types::{ApiError, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
+use crate::capture::tracker::LiveReads;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
 
@@ -64,6 +65,7 @@ pub(super) struct Capturing {
     pub(super) domain: LiveDomain,
     process: QemuProcess,
     memory: GuestMemory,
+    live_reads: Option<LiveReads>,
     mappings: u64,
     pub(super) source: Source,
     cuts: CutThread,
@@ -137,7 +139,7 @@ impl Capturing {
         .map_err(|e| text(&e))?;
         let memory = cutter.memory().clone();
         let mappings = memory.mappings_digest().map_err(|e| text(&e))?;
-        let tracker = cutter.tracker_name();
+        let (tracker, live_reads) = (cutter.tracker_name(), cutter.live_reads());
         let inputs = Mutex::new(session.inputs.clone());
         let cuts = CutThread::start(cutter, move |answer| {
             let input = Input::Cut { attachment, answer };
@@ -161,6 +163,7 @@ impl Capturing {
             domain: LiveDomain::new(Arc::clone(&context.libvirt), &session.spec.uuid),
             process,
             memory,
+            live_reads,
             mappings,
             source,
             cuts,
@@ -515,7 +518,15 @@ impl Capturing {
                     verify: &mut self.verify,
                     trouble: &mut self.trouble,
                 };
-                events.extend(perform(effect, &self.memory, &self.guest, &mut outbox));
+                let event = perform(effect, &self.memory, &self.guest, &mut outbox);
+                if let (
+                    Some(SourceEvent::LiveRead { pages, .. } | SourceEvent::VerifyRead { pages, .. }),
+                    Some(live_reads),
+                ) = (&event, &self.live_reads)
+                {
+                    live_reads.note(pages);
+                }
+                events.extend(event);
             }
             let Some(event) = events.pop_front() else { return };
             if let Err(alarm) = self.source.step(self.now(), event, &mut effects) {
