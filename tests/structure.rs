@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const THINKING: [&str; 2] = ["vmsync", "placement"];
+const THINKING: [&str; 3] = ["vmsync", "placement", "forecast"];
 /// What a thinking crate may use: values, hashes, compression, errors.
 const PURE: [&str; 5] = ["serde", "serde_json", "thiserror", "xxhash-rust", "zstd"];
 const LONGEST_FILE_LINES: usize = 800;
@@ -48,7 +48,7 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
 #[test]
 fn files_can_be_read_in_one_sitting_and_promise_nothing() {
     let mut files = Vec::new();
-    for folder in ["src", "vmsync/src", "placement/src"] {
+    for folder in ["src", "vmsync/src", "placement/src", "forecast/src"] {
         rust_files(&root().join(folder), &mut files);
     }
     assert!(files.len() > 50);

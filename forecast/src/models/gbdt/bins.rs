@@ -1,0 +1,63 @@
+//! Features as small integers: at most [`BINS`] classes each, of about equal counts; class 0 means unknown.
+
+use crate::features::{ROW_FEATURES, Row};
+
+/// Classes a feature, class 0 (unknown) included.
+pub const BINS: usize = 64;
+
+/// One row, binned.
+pub type BinnedRow = [u8; ROW_FEATURES];
+
+/// Upper bounds of each feature's classes 1, 2, ...
+#[derive(Debug, Clone, Default)]
+pub struct Bins {
+    bounds: Vec<Vec<f32>>,
+}
+
+impl Bins {
+    /// Cuts every feature at quantiles of `rows`.
+    pub fn of(rows: &[Row]) -> Self {
+        const SAMPLE: usize = 6000;
+        let stride = rows.len().div_ceil(SAMPLE).max(1);
+        let bounds = (0..ROW_FEATURES)
+            .map(|feature| {
+                let mut values: Vec<f32> =
+                    rows.iter().step_by(stride).map(|r| r[feature]).filter(|v| !v.is_nan()).collect();
+                values.sort_unstable_by(f32::total_cmp);
+                let last = values.len().saturating_sub(1);
+                let mut cuts: Vec<f32> =
+                    (1..BINS - 1).filter_map(|k| values.get(last * k / (BINS - 1)).copied()).collect();
+                cuts.dedup();
+                cuts
+            })
+            .collect();
+        Self { bounds }
+    }
+
+    /// `row` binned.
+    pub fn row(&self, row: &Row) -> BinnedRow {
+        let mut out = [0; ROW_FEATURES];
+        for ((out, &value), bounds) in out.iter_mut().zip(row).zip(&self.bounds) {
+            *out = class(bounds, value);
+        }
+        out
+    }
+
+    /// All rows, a column a feature.
+    pub fn columns(&self, rows: &[Row]) -> Vec<Vec<u8>> {
+        self.bounds
+            .iter()
+            .enumerate()
+            .map(|(feature, bounds)| rows.iter().map(|r| class(bounds, r[feature])).collect())
+            .collect()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bounds.iter().map(|b| 4 * b.capacity()).sum()
+    }
+}
+
+/// 0 for unknown, else 1 plus the number of bounds below `value`; at most `BINS - 1`.
+fn class(bounds: &[f32], value: f32) -> u8 {
+    if value.is_nan() { 0 } else { 1 + bounds.partition_point(|&b| b < value) as u8 }
+}
