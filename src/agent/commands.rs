@@ -12,7 +12,7 @@ use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
 use crate::standby::is_uuid;
 use crate::transport;
 
-use super::primary::{Primary, PrimarySpec};
+use super::primary::{self, Primary, PrimarySpec};
 use super::records::RecordError;
 use super::{Agent, doctor, lock};
 
@@ -38,7 +38,11 @@ impl CommandHandler for Agent {
             }
             Command::UndoFinalCut { uuid, term } => {
                 self.record(&uuid, None, term, Role::Primary)?;
-                self.ask_primary(&uuid, |primary| primary.undo_final_cut(term))?.await?;
+                match self.ask_primary(&uuid, |primary| primary.undo_final_cut(term)) {
+                    Ok(answer) => answer.await?,
+                    // This agent was restarted and has not taken the guest up again; it stands still meanwhile.
+                    Err(no_session) => self.resume_held(uuid, no_session).await?,
+                }
                 Ok(Done::Nothing)
             }
             Command::Retire { uuid, term } => self.retire(uuid, term).await,
@@ -123,11 +127,12 @@ impl Agent {
     }
 
     async fn describe(&self, domain: String) -> Result<Done, ApiError> {
-        let libvirt = Arc::clone(&self.libvirt);
+        let (libvirt, shadows) = (Arc::clone(&self.libvirt), Arc::clone(&self.shadows));
         blocking(move || {
             let domain = libvirt.lookup(&domain).map_err(hypervisor_error)?;
             let (state, _) = domain.state().map_err(hypervisor_error)?;
-            let running = matches!(state, DomainState::Running | DomainState::Paused);
+            let is_shadow = shadows.status(domain.uuid()).is_some();
+            let running = matches!(state, DomainState::Running | DomainState::Paused) && !is_shadow;
             let kind = if running { XmlKind::Migratable } else { XmlKind::Inactive };
             let xml = domain.xml(kind).map_err(hypervisor_error)?;
             let definition =
@@ -217,8 +222,25 @@ impl Agent {
         Ok(Done::Promoted { epoch: promoted.epoch, took_us: promoted.took_us })
     }
 
+    async fn resume_held(&self, uuid: String, no_session: ApiError) -> Result<(), ApiError> {
+        let (libvirt, run_dir) = (Arc::clone(&self.libvirt), self.config.run_dir.clone());
+        blocking(move || {
+            let domain = libvirt.lookup(&uuid).map_err(hypervisor_error)?;
+            if !primary::is_held(&run_dir, &uuid) {
+                return Err(no_session);
+            }
+            domain.resume().map_err(hypervisor_error)?;
+            primary::forget_held(&run_dir, &uuid);
+            Ok(())
+        })
+        .await?
+    }
+
     async fn retire(&self, uuid: String, term: u64) -> Result<Done, ApiError> {
         self.stop_copy(uuid.clone(), term).await?;
+        // It may be a shadow that could not take over.
+        let (shadows, guest) = (Arc::clone(&self.shadows), uuid.clone());
+        blocking(move || shadows.drop_shadow(&guest)).await??;
         self.record(&uuid, None, term, Role::Retired)?;
         Ok(Done::Nothing)
     }

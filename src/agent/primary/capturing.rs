@@ -15,7 +15,7 @@ use super::cut_thread::{CutAnswer, CutThread};
 use super::describe::{definition_of, description_of, monitor_call, random_u64, refuse_what_cannot_be_captured};
 use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
-use super::final_cut::FinalCut;
+use super::final_cut::{FinalCut, forget_held};
 use super::peers::PeerEvent;
 use super::report::{peer_status, verify_report};
 use super::session::{Input, Session};
@@ -202,7 +202,7 @@ impl Capturing {
             let _ = reply.send(Err(ApiError::new("unavailable", "the guest is no longer captured; try again")));
         }
         if for_good {
-            FinalCut::forget(&context.run_dir, uuid);
+            forget_held(&context.run_dir, uuid);
         }
         if for_good && let Ok(guard) = context.guards.get() {
             // A cut under way ends first: its pipe must not vanish under QEMU.

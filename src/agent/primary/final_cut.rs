@@ -39,6 +39,16 @@ fn marker_path(run_dir: &Path, uuid: &str) -> PathBuf {
     run_dir.join("held").join(uuid)
 }
 
+/// Whether an agent of this host has suspended the guest for a switchover and not resumed it.
+pub fn is_held(run_dir: &Path, uuid: &str) -> bool {
+    marker_path(run_dir, uuid).exists()
+}
+
+/// The guest was destroyed, or goes on: the next agent must not take it for held.
+pub fn forget_held(run_dir: &Path, uuid: &str) {
+    let _ = fs::remove_file(marker_path(run_dir, uuid));
+}
+
 impl FinalCut {
     /// What an agent that ended meanwhile left: a guest that it had suspended for a switchover to a host.
     pub(super) fn left_behind(run_dir: &Path, uuid: &str) -> Option<Self> {
@@ -46,11 +56,6 @@ impl FinalCut {
         let to = fs::read_to_string(&marker).ok()?;
         let now = Instant::now();
         Some(Self { to, reply: None, asked: now, suspended: Some(now), guest_ran: true, epoch: Some(0), marker })
-    }
-
-    /// The guest was destroyed, or goes on: the next agent must not take it for held.
-    pub(super) fn forget(run_dir: &Path, uuid: &str) {
-        let _ = fs::remove_file(marker_path(run_dir, uuid));
     }
 
     /// Whether the guest shall run where it is promoted.

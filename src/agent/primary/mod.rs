@@ -32,6 +32,7 @@ use crate::config::TrackerChoice;
 use super::guards::GuardKeeper;
 use super::libvirt::Libvirt;
 use super::records::Records;
+pub use final_cut::{forget_held, is_held};
 use session::{Input, Session};
 
 /// What shall be protected, and how; replaced as a whole by the manager's `Protect`.

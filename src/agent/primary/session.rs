@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::capturing::Capturing;
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
-use super::final_cut::FinalCut;
+use super::final_cut::forget_held;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
 use crate::agent::primary::cut_thread::CutAnswer;
@@ -148,7 +148,7 @@ impl Session {
             capturing.detach(&self.context, &uuid, matches!(end, End::Released));
         }
         // However it ended, no copy is held here any more; a later one must not be taken for it.
-        FinalCut::forget(&self.context.run_dir, &uuid);
+        forget_held(&self.context.run_dir, &uuid);
         let term = self.spec.term;
         match end {
             End::Released => {
