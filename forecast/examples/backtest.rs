@@ -77,14 +77,13 @@ fn run(data: &Path, entry: &Entry, horizon: usize) -> Result<String, Failure> {
     let mut out = String::new();
     let mut origins = entry.origins.iter().peekable();
     for (index, sample) in samples.iter().enumerate() {
-        hybrid.push(*sample);
-        let since = (index + 1).wrapping_sub(entry.train_end);
-        if index + 1 >= entry.train_end && since % entry.season == 0 {
-            if since == 0 {
-                hybrid.fit();
-            } else {
-                hybrid.refit();
-            }
+        if index < entry.train_end {
+            hybrid.preload([*sample]);
+        } else {
+            hybrid.push(*sample);
+        }
+        if index + 1 >= entry.train_end {
+            hybrid.learn();
         }
         while origins.next_if(|&&o| o == index).is_some() {
             let forecast = hybrid.forecast();
@@ -94,9 +93,18 @@ fn run(data: &Path, entry: &Entry, horizon: usize) -> Result<String, Failure> {
             }
         }
     }
-    let weights: Vec<String> =
-        hybrid.expert_names().iter().zip(hybrid.weights()).map(|(n, w)| format!("{n} {w:.2}")).collect();
-    println!("{:44} {:6.1} s  {}", entry.id, started.elapsed().as_secs_f64(), weights.join(" "));
+    let status = hybrid.status();
+    let weights: Vec<String> = status.weights.iter().map(|(n, w)| format!("{n} {w:.2}")).collect();
+    println!(
+        "{:44} {:6.1} s {} fits {} changes {:.2} fallback {} kB  {}",
+        entry.id,
+        started.elapsed().as_secs_f64(),
+        status.fits,
+        status.changes,
+        status.fallback_share,
+        status.bytes / 1000,
+        weights.join(" ")
+    );
     Ok(out)
 }
 

@@ -3,12 +3,14 @@
 //! A row is the features of the origin (lags, levels, spreads), then those of the target slot (calendar, what earlier
 //! seasons, weeks and periods had there). All values are in units of the fitted [`Scale`]; NaN where unknown.
 
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
 use crate::history::History;
 
 /// Features of the origin.
-pub const ORIGIN_FEATURES: usize = 25;
+pub const ORIGIN_FEATURES: usize = 26;
 /// Features of the target slot.
-pub const TARGET_FEATURES: usize = 22;
+pub const TARGET_FEATURES: usize = 25;
 /// Features a row.
 pub const ROW_FEATURES: usize = ORIGIN_FEATURES + TARGET_FEATURES;
 
@@ -30,6 +32,20 @@ pub mod column {
     pub const WEEKDAY: usize = T + 3;
     /// Phase of the detected period, 0..1.
     pub const PERIOD_PHASE: usize = T + 4;
+    /// Kind of the event that covers the target plus 1; 0 without one.
+    pub const EVENT_KIND: usize = T + 5;
+    /// Target features up to here are categories, not quantities.
+    pub const CATEGORIES: usize = 6;
+    /// What earlier seasons say about the target.
+    pub const PROFILE: usize = T + 6;
+    /// The value one season before the target.
+    pub const YESTERDAY: usize = T + 9;
+    /// The value one week before the target.
+    pub const WEEK: usize = T + 16;
+    /// The value one detected period before the target.
+    pub const PERIOD: usize = T + 21;
+    /// Effect of the event that covers the target.
+    pub const EVENT_EFFECT: usize = T + 23;
 }
 
 /// Position and size of a series' values, by which models see it.
@@ -110,6 +126,22 @@ impl View {
         Self { scale: Scale::of(values), period: strongest_period(values, history.shape().season) }
     }
 
+    fn effect(&self, effect: f64) -> f32 {
+        (effect / self.scale.unit).clamp(-LIMIT, LIMIT) as f32
+    }
+
+    /// Rows of all steps after `origin`.
+    pub fn rows(&self, history: &History, origin: usize) -> Vec<Row> {
+        let mut row = [0.0; ROW_FEATURES];
+        self.origin(history, origin, &mut row);
+        (1..=history.shape().horizon)
+            .map(|step| {
+                self.target(history, origin, step, &mut row);
+                row
+            })
+            .collect()
+    }
+
     /// The part of a row that depends on the origin only. Looks at samples `..=origin`.
     pub fn origin(&self, history: &History, origin: usize, row: &mut Row) {
         let z = |i: isize| history.value(i).map_or(f32::NAN, |v| self.scale.scaled(v));
@@ -149,9 +181,9 @@ impl View {
         // How far recent samples were off the profile.
         let off = |n: usize| {
             let (mut sum, mut count) = (0.0, 0);
-            for i in (origin + 1).saturating_sub(n)..=origin {
+            for (i, value) in values.iter().enumerate().skip((origin + 1).saturating_sub(n)) {
                 if let Some(profile) = history.profile(i) {
-                    sum += values[i] - profile;
+                    sum += value - profile;
                     count += 1;
                 }
             }
@@ -163,6 +195,7 @@ impl View {
         put.next(z(t) - z(t - season));
         let before: f32 = (0..3).map(|k| z(t - k - season)).sum::<f32>() / 3.0;
         put.next(means[0] - before);
+        put.next(history.event_effect(origin, origin).map_or(0.0, |(_, effect)| self.effect(effect)));
         debug_assert_eq!(put.at, ORIGIN_FEATURES);
     }
 
@@ -183,6 +216,8 @@ impl View {
         put.next(if hour > 0 { (absolute % hour) as f32 / hour as f32 } else { 0.0 });
         put.next(history.weekday(slot) as f32);
         put.next(self.period.map_or(0.0, |p| (absolute % p) as f32 / p as f32));
+        let event = history.event_effect(origin, slot);
+        put.next(event.map_or(0.0, |(e, _)| f32::from(e.kind) + 1.0));
         // A profile beyond the newest sample's season is not known yet.
         let profile = |i: usize| if i <= origin + shape.season { history.profile(i) } else { None };
         let expected = profile(slot).map_or(f32::NAN, |v| self.scale.scaled(v));
@@ -228,6 +263,9 @@ impl View {
         }
         put.next(self.period.map_or(f32::NAN, |p| back(p, 1)));
         put.next(self.period.map_or(f32::NAN, |p| back(p, 2)));
+        put.next(event.map_or(0.0, |(_, effect)| self.effect(effect)));
+        let start = event.map_or(0, |(e, _)| history.dropped() + slot as u64 - e.start);
+        put.next(start.min(1 << 20) as f32);
         debug_assert_eq!(put.at, ROW_FEATURES);
     }
 }
@@ -241,5 +279,75 @@ impl Cursor<'_> {
     fn next(&mut self, value: f32) {
         self.row[self.at] = value;
         self.at += 1;
+    }
+}
+
+impl View {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        for value in [self.scale.location, self.scale.unit, self.scale.high] {
+            out.f64(value);
+        }
+        out.count(self.period.unwrap_or(0));
+    }
+
+    pub(crate) fn decode(from: &mut Reader) -> Result<Self, DecodeError> {
+        let (location, unit, high) = (from.f64("location")?, from.f64("unit")?, from.f64("high")?);
+        if unit <= 0.0 {
+            return Err(from.range("unit"));
+        }
+        let period = Some(from.u32("period")? as usize).filter(|&p| p > 0);
+        Ok(Self { scale: Scale { location, unit, high }, period })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ShapeError;
+    use crate::history::Shape;
+
+    fn history(count: usize, value: impl Fn(usize) -> f64) -> Result<History, ShapeError> {
+        let mut history = History::new(Shape::new(300, 288, 12)?);
+        (0..count).for_each(|i| history.push(Some(value(i))));
+        Ok(history)
+    }
+
+    #[test]
+    fn the_period_of_a_job_that_runs_every_half_hour_is_found() {
+        let burst = |i: usize| if i % 6 == 2 { 80.0 } else { 5.0 + (i * 31 % 7) as f64 };
+        let values: Vec<f64> = (0..1500).map(burst).collect();
+        assert_eq!(strongest_period(&values, 288), Some(6));
+        let noise: Vec<f64> = (0..1500).map(|i: usize| (i * i * 7919 % 104_729) as f64).collect();
+        assert_eq!(strongest_period(&noise, 288), None);
+        assert_eq!(strongest_period(&[1.0; 500], 288), None);
+    }
+
+    #[test]
+    fn columns_are_where_their_names_say() -> Result<(), ShapeError> {
+        let mut history = history(2500, |i| i as f64)?;
+        let origin = 2499;
+        history.schedule(crate::events::Event { start: 2505, length: 3, kind: 4, size: Some(1.5) });
+        let view = View { scale: Scale { location: 0.0, unit: 1.0, high: 1e9 }, period: Some(10) };
+        let row = view.rows(&history, origin)[6];
+        let target = 2506.0;
+        assert_eq!(row[column::LAST], 2499.0);
+        assert_eq!(row[column::STEP], 7.0);
+        assert_eq!(row[column::PROFILE], history.profile(2506).unwrap_or(0.0) as f32);
+        assert_eq!(row[column::YESTERDAY], target - 288.0);
+        assert_eq!(row[column::WEEK], target - 7.0 * 288.0);
+        assert_eq!(row[column::PERIOD], target - 10.0);
+        assert_eq!((row[column::EVENT_KIND], row[column::EVENT_EFFECT], row[ROW_FEATURES - 1]), (5.0, 1.5, 1.0));
+        Ok(())
+    }
+
+    #[test]
+    fn no_feature_looks_past_the_origin() -> Result<(), ShapeError> {
+        let view = View { scale: Scale { location: 0.0, unit: 1.0, high: 20.0 }, period: Some(7) };
+        let (known, other) =
+            (history(900, |i| (i % 29) as f64)?, history(900, |i| if i > 650 { -7e5 } else { (i % 29) as f64 })?);
+        let bits = |h: &History, t| view.rows(h, t).iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&known, 650), bits(&other, 650));
+        assert_ne!(bits(&known, 651), bits(&other, 651));
+        Ok(())
     }
 }

@@ -4,12 +4,15 @@
 //! samples and settings give the same forecast on every run.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 pub mod error;
+pub mod events;
 pub mod features;
 pub mod history;
 pub mod hybrid;
 pub mod models;
 pub mod quantiles;
+pub mod random;
 
 pub use history::{History, Shape};
 pub use hybrid::Hybrid;

@@ -96,7 +96,7 @@ pub fn probability_below(quantiles: &Quantiles, threshold: f64) -> f64 {
 /// Makes quantiles finite and rising, in place.
 pub fn make_rising(quantiles: &mut Quantiles) {
     if quantiles.iter().any(|v| !v.is_finite()) {
-        let middle = quantiles.iter().copied().filter(|v| v.is_finite()).next().unwrap_or(0.0);
+        let middle = quantiles.iter().copied().find(|v| v.is_finite()).unwrap_or(0.0);
         for value in quantiles.iter_mut().filter(|v| !v.is_finite()) {
             *value = middle;
         }

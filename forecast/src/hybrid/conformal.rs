@@ -1,14 +1,17 @@
 //! Online conformal calibration: keeps each quantile's share of misses where it belongs, whatever drifts.
 
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
 use crate::quantiles::{LEVEL_COUNT, LEVELS, MEDIAN, Quantiles, make_rising};
 
 /// How fast the calibration follows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ConformalParams {
-    /// Step of the logarithm of a half-width for a miss, at the start and in the long run.
+    /// Step of the logarithm of a half-width for a miss, at the start.
     pub first_rate: f64,
+    /// The same in the long run.
     pub rate: f64,
-    /// Share of what is learnt at one step ahead that its neighbours take too.
+    /// Share of what is learnt at one step ahead that all steps take.
     pub pooled: f64,
 }
 
@@ -38,10 +41,8 @@ impl Conformal {
         for (step, q) in steps.iter_mut().enumerate() {
             make_rising(q);
             let median = q[MEDIAN];
-            for level in 0..LEVEL_COUNT {
-                if level != MEDIAN {
-                    q[level] = median + (q[level] - median) * self.factor(step, level);
-                }
+            for (level, value) in q.iter_mut().enumerate().filter(|(l, _)| *l != MEDIAN) {
+                *value = median + (*value - median) * self.factor(step, level);
             }
             make_rising(q);
         }
@@ -64,5 +65,54 @@ impl Conformal {
             self.log_factor[step][level] += (1.0 - self.params.pooled) * push;
             self.common[level] += self.params.pooled * push / horizon;
         }
+    }
+
+    /// Heap bytes held.
+    pub fn bytes(&self) -> usize {
+        size_of::<Quantiles>() * self.log_factor.capacity()
+    }
+
+    pub(super) fn encode(&self, out: &mut Writer) {
+        self.log_factor.iter().for_each(|f| out.f64s(f));
+        out.f64s(&self.common);
+        out.u64(self.matured);
+    }
+
+    /// Reads what was learnt into a calibration of the same size.
+    pub(super) fn decode(&mut self, from: &mut Reader) -> Result<(), DecodeError> {
+        for factors in &mut self.log_factor {
+            *factors = from.f64_array("calibration")?;
+        }
+        self.common = from.f64_array("calibration")?;
+        self.matured = from.u64("calibration")?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn coverage_holds_when_the_scatter_doubles() {
+        let mut conformal = Conformal::new(1, ConformalParams::default());
+        let mut random = Random::new(11);
+        let narrow = [-0.5, -0.4, -0.2, 0.0, 0.2, 0.4, 0.5];
+        let (mut inside, mut below95, mut counted) = (0, 0, 0);
+        for i in 0..12_000 {
+            let mut issued = vec![narrow];
+            conformal.apply(&mut issued);
+            let actual = random.normal() * if i < 6_000 { 1.0 } else { 2.0 };
+            if (2_000..6_000).contains(&i) || i > 8_000 {
+                counted += 1;
+                inside += i32::from(issued[0][1] <= actual && actual <= issued[0][5]);
+                below95 += i32::from(actual <= issued[0][6]);
+            }
+            conformal.mature(&issued[0], 0, actual);
+        }
+        let share = |n: i32| f64::from(n) / f64::from(counted);
+        assert!((share(inside) - 0.8).abs() < 0.02, "{}", share(inside));
+        assert!((share(below95) - 0.95).abs() < 0.01, "{}", share(below95));
     }
 }

@@ -1,6 +1,8 @@
 //! Weights of the experts, learnt online from their matured losses, for every step ahead and level.
 
-use crate::quantiles::{LEVEL_COUNT, LEVELS, Quantiles};
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
+use crate::quantiles::{LEVEL_COUNT, LEVELS, MEDIAN, Quantiles};
 
 /// How fast weights follow and how long losses are remembered.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,6 +20,11 @@ impl Default for MixParams {
         Self { rate: 0.3, memory: 0.998, pooled: 0.7 }
     }
 }
+
+/// Weight of the newest error in the usual size of errors.
+const SIZE_RATE: f64 = 0.01;
+/// Bound of one regret in units of the usual error: no single outlier decides.
+const MOST_REGRET: f64 = 5.0;
 
 /// Exponentially weighted experts with the gradient trick: regrets are taken at the mix's own value, so that weights
 /// seek the best mix and not only the best expert.
@@ -67,22 +74,16 @@ impl Mix {
 
     /// Takes notice of what came `step` (0-based) steps after the origin of `panel`.
     pub fn mature(&mut self, panel: &[Vec<Quantiles>], step: usize, actual: f64) {
-        let mut own = [[0.0; LEVEL_COUNT]; 1];
-        for level in 0..LEVEL_COUNT {
-            let weights = &self.weights[self.cell(step, level)];
-            own[0][level] = weights.iter().zip(panel).map(|(w, p)| w * p[step][level]).sum();
-        }
-        let spread: f64 = panel.iter().map(|p| (p[step][3] - actual).abs()).sum::<f64>() / self.experts as f64;
+        let off: f64 = panel.iter().map(|p| (p[step][MEDIAN] - actual).abs()).sum::<f64>() / self.experts as f64;
         let size = &mut self.size[step];
-        *size = if *size == 0.0 { spread } else { *size + 0.01 * (spread - *size) };
-        let unit = size.max(1e-300);
-        for level in 0..LEVEL_COUNT {
-            let tau = LEVELS[level];
-            let value = own[0][level];
-            let gradient = if actual < value { 1.0 - tau } else { -tau };
+        *size = if *size == 0.0 { off } else { *size + SIZE_RATE * (off - *size) };
+        let unit = size.max(f64::MIN_POSITIVE);
+        for (level, tau) in LEVELS.into_iter().enumerate() {
             let cell = self.cell(step, level);
+            let value: f64 = self.weights[cell.clone()].iter().zip(panel).map(|(w, p)| w * p[step][level]).sum();
+            let gradient = if actual < value { 1.0 - tau } else { -tau };
             for (regret, p) in self.regret[cell].iter_mut().zip(panel) {
-                let gain = (gradient * (value - p[step][level]) / unit).clamp(-5.0, 5.0);
+                let gain = (gradient * (value - p[step][level]) / unit).clamp(-MOST_REGRET, MOST_REGRET);
                 *regret = self.params.memory * *regret + gain;
             }
         }
@@ -121,5 +122,60 @@ impl Mix {
     pub fn mean_weights(&self) -> Vec<f64> {
         let cells = (self.horizon * LEVEL_COUNT) as f64;
         (0..self.experts).map(|k| self.weights.iter().skip(k).step_by(self.experts).sum::<f64>() / cells).collect()
+    }
+
+    /// Heap bytes held.
+    pub fn bytes(&self) -> usize {
+        8 * (self.regret.capacity() + self.size.capacity() + self.weights.capacity())
+    }
+
+    pub(super) fn encode(&self, out: &mut Writer) {
+        out.f64s(&self.regret);
+        out.f64s(&self.size);
+    }
+
+    /// Reads what was learnt into a mix of the same size.
+    pub(super) fn decode(&mut self, from: &mut Reader) -> Result<(), DecodeError> {
+        let (regret, size) = (from.f64s("regrets")?, from.f64s("sizes")?);
+        if regret.len() != self.regret.len() || size.len() != self.size.len() {
+            return Err(from.range("regrets"));
+        }
+        (self.regret, self.size) = (regret, size);
+        self.settle();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn panel(values: [f64; 3]) -> Vec<Vec<Quantiles>> {
+        values.map(|v| vec![[v; LEVEL_COUNT]; 2]).to_vec()
+    }
+
+    #[test]
+    fn the_expert_that_is_right_gets_the_weight_and_loses_it_again() {
+        let mut mix = Mix::new(3, 2, MixParams { memory: 0.98, ..MixParams::default() });
+        let mut see = |actual: f64| {
+            (0..200).for_each(|_| {
+                mix.mature(&panel([1.0, 5.0, 9.0]), 0, actual);
+                mix.settle();
+            });
+            mix.combine(&panel([1.0, 5.0, 9.0]))[0][MEDIAN]
+        };
+        assert!(see(9.0) > 8.0);
+        assert!(see(1.0) < 2.0);
+    }
+
+    #[test]
+    fn weights_seek_the_best_mix_where_no_expert_is_right() {
+        let mut mix = Mix::new(3, 2, MixParams::default());
+        for i in 0..4000u32 {
+            mix.mature(&panel([0.0, 10.0, 10.0]), 0, 4.0 + f64::from(i % 3) - 1.0);
+            mix.settle();
+        }
+        let value = mix.combine(&panel([0.0, 10.0, 10.0]))[0][MEDIAN];
+        assert!((value - 4.0).abs() < 1.5, "{value}");
     }
 }

@@ -1,161 +1,215 @@
-//! The hybrid: all experts, mixed by their matured losses, calibrated online.
+//! The hybrid: all experts, mixed by their matured losses, calibrated online, learning anew in slices.
+//!
+//! ```text
+//! sample -> history -> experts (features -> panel of quantiles) -> mix -> guard -> conformal -> forecast
+//!              |           ^                                        ^       ^         ^
+//!              +-> learning (slices) -> new experts                 +-------+---------+-- matured losses
+//! ```
+//! [`Hybrid::push`] is cheap and never learns; [`Hybrid::learn_slice`] does a few milliseconds of learning whenever
+//! [`Hybrid::wants_learning`], so that who calls decides what time may be spent.
 
+mod cold;
 pub mod conformal;
+pub mod drift;
+pub mod experts;
+pub mod guard;
+mod learning;
 pub mod mix;
+mod store;
+mod tracking;
 
-use std::collections::VecDeque;
-
+use crate::events::Event;
 use crate::history::{History, Shape};
-use crate::models::Model;
-use crate::models::gbdt::{Base, Gbdt, Params};
-use crate::models::linear::Linear;
-use crate::models::naive::{Naive, Repeat};
-use crate::quantiles::{Forecast, LEVEL_COUNT, Quantiles};
-use conformal::{Conformal, ConformalParams};
-use mix::{Mix, MixParams};
+use crate::quantiles::Forecast;
+use experts::{Experts, Panel};
+use learning::Learning;
+use tracking::Tracking;
 
-/// Forecast of every expert, `[expert][step]`.
-pub type Panel = Vec<Vec<Quantiles>>;
+/// Samples before the first learning.
+const FIRST_FIT: usize = 256;
+/// After that, learning is due when the history grew by this share, at the latest after a season.
+const GROWTH: f64 = 0.25;
+/// After a change was found, learning is due when this share of a season came.
+const AFTER_CHANGE: f64 = 0.125;
 
-/// A forecast that waits for what comes.
-struct Pending {
-    origin: u64,
-    panel: Panel,
-    issued: Vec<Quantiles>,
+/// What a slice of learning left to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing was to be learnt.
+    Idle,
+    /// There is more.
+    Working,
+    /// The new experts forecast from now on.
+    Done,
+}
+
+/// Where a hybrid stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    /// Mean weight of each expert.
+    pub weights: Vec<(&'static str, f64)>,
+    /// Share of the last value because the mix does worse at present.
+    pub fallback_share: f64,
+    /// Changes of the series found.
+    pub changes: u64,
+    /// Times learnt.
+    pub fits: u64,
+    /// Heap bytes held outside of learning.
+    pub bytes: usize,
 }
 
 /// See the module's text.
+#[derive(Debug, Clone)]
 pub struct Hybrid {
     history: History,
-    experts: Vec<Box<dyn Model + Send>>,
-    mix: Mix,
-    conformal: Conformal,
-    pending: VecDeque<Pending>,
-    fitted: bool,
+    /// `None` until first learnt.
+    experts: Option<Experts>,
+    tracking: Tracking,
+    learning: Option<Box<Learning>>,
+    fits: u64,
+    /// Number of the sample at which learning is due.
+    due: u64,
+    changes_seen: u64,
 }
 
 impl Hybrid {
     pub fn new(shape: Shape) -> Self {
-        let h = shape.horizon;
-        let experts: Vec<Box<dyn Model + Send>> = vec![
-            Box::new(Naive::new(Repeat::Last, h)),
-            Box::new(Naive::new(Repeat::Season, h)),
-            Box::new(Naive::new(Repeat::Profile, h)),
-            Box::new(Linear::new(h)),
-            Box::new(Gbdt::new(h, Base::Last, Params::default())),
-            Box::new(Gbdt::new(h, Base::Linear, Params { seed: 2, ..Params::default() })),
-        ];
         Self {
             history: History::new(shape),
-            mix: Mix::new(experts.len(), h, MixParams::default()),
-            conformal: Conformal::new(h, ConformalParams::default()),
-            experts,
-            pending: VecDeque::new(),
-            fitted: false,
+            experts: None,
+            tracking: Tracking::new(shape.horizon),
+            learning: None,
+            fits: 0,
+            due: FIRST_FIT.max(8 * shape.horizon) as u64,
+            changes_seen: 0,
         }
     }
 
+    /// A forecaster for a new series like `sibling`'s: another guest of the same template. It takes over what the
+    /// sibling learnt, its weights, calibration and season profile, and forecasts with them from its first sample on,
+    /// until it has learnt from its own. Siblings of another step, season or horizon give nothing.
+    pub fn warm_start(shape: Shape, sibling: &Self) -> Self {
+        let mut young = Self::new(shape);
+        let theirs = sibling.history.shape();
+        let alike = (theirs.step_s, theirs.season, theirs.horizon) == (shape.step_s, shape.season, shape.horizon);
+        if alike && young.history.adopt_profile(&sibling.history) {
+            young.experts = sibling.experts.clone();
+            young.tracking = sibling.tracking.successor();
+        }
+        young
+    }
+
+    /// What was seen.
     pub fn history(&self) -> &History {
         &self.history
     }
 
-    pub fn expert_names(&self) -> Vec<&'static str> {
-        self.experts.iter().map(|e| e.name()).collect()
+    /// Makes an event known; it may be past or to come.
+    pub fn schedule(&mut self, event: Event) {
+        self.history.schedule(event);
     }
 
-    pub fn weights(&self) -> Vec<f64> {
-        self.mix.mean_weights()
+    /// Fills an empty history without forecasting on the way; learning is due afterwards if there is enough.
+    pub fn preload(&mut self, samples: impl IntoIterator<Item = Option<f64>>) {
+        for sample in samples {
+            self.history.push(sample);
+            if let Some(experts) = &mut self.experts {
+                experts.advance(&self.history, self.history.len() - 1);
+            }
+        }
+        self.due = self.due.min(self.history.seen());
     }
 
-    /// Takes one sample in; `None` is a gap.
+    /// Takes one sample in; `None` is a gap, and so is what is not finite.
     pub fn push(&mut self, sample: Option<f64>) {
         self.history.push(sample);
-        if self.history.is_empty() || !self.fitted {
-            return;
-        }
-        let index = self.history.len() - 1;
-        for expert in &mut self.experts {
-            expert.advance(&self.history, index);
-        }
-        if self.history.is_measured(index) {
-            self.mature(index);
-        }
-        self.track(index);
-    }
-
-    /// Learns from all samples: once on the older part to see how experts do on the newer, then on all.
-    pub fn fit(&mut self) {
-        let len = self.history.len();
-        let held = (len as f64 * 0.7) as usize;
-        if !self.fitted {
-            for expert in &mut self.experts {
-                expert.fit(&self.history, held);
-            }
-            self.fitted = true;
-            for index in held..len {
-                for expert in &mut self.experts {
-                    expert.advance(&self.history, index);
-                }
-                self.mature(index);
-                self.track(index);
-            }
-        }
-        for expert in &mut self.experts {
-            expert.fit(&self.history, len);
-        }
-    }
-
-    /// All experts' forecasts after `origin`.
-    pub fn panel(&self, origin: usize) -> Panel {
-        let horizon = self.history.shape().horizon;
-        self.experts
-            .iter()
-            .map(|e| {
-                let mut out = vec![[0.0; LEVEL_COUNT]; horizon];
-                e.forecast(&self.history, origin, &mut out);
-                out
-            })
-            .collect()
-    }
-
-    /// What comes after the newest sample.
-    pub fn forecast(&self) -> Forecast {
-        let panel = self.panel(self.history.len() - 1);
-        let mut steps = self.mix.combine(&panel);
-        self.conformal.apply(&mut steps);
-        Forecast::new(steps)
-    }
-
-    fn track(&mut self, index: usize) {
-        let panel = self.panel(index);
-        let mut issued = self.mix.combine(&panel);
-        self.conformal.apply(&mut issued);
-        let origin = self.history.dropped() + index as u64;
-        self.pending.push_back(Pending { origin, panel, issued });
-    }
-
-    fn mature(&mut self, index: usize) {
+        let Some(index) = self.history.len().checked_sub(1) else { return };
+        let Some(experts) = &mut self.experts else { return };
+        experts.advance(&self.history, index);
         let now = self.history.dropped() + index as u64;
-        let actual = self.history.values()[index];
-        let horizon = self.history.shape().horizon as u64;
-        while self.pending.front().is_some_and(|p| p.origin + horizon < now) {
-            self.pending.pop_front();
+        if self.history.is_measured(index) {
+            self.tracking.mature(now, self.history.values()[index]);
         }
-        for pending in &self.pending {
-            let step = (now - pending.origin - 1) as usize;
-            self.mix.mature(&pending.panel, step, actual);
-            self.conformal.mature(&pending.issued[step], step, actual);
+        self.tracking.issue(now, experts.panel(&self.history, index));
+        if self.tracking.drift.changes() > self.changes_seen {
+            self.changes_seen = self.tracking.drift.changes();
+            let soon = (self.history.shape().season as f64 * AFTER_CHANGE).max(24.0) as u64;
+            self.due = self.due.min(self.history.seen() + soon);
         }
-        self.mix.settle();
     }
-}
 
-impl Hybrid {
-    /// Learns anew from all samples; weights and calibration stay.
-    pub fn refit(&mut self) {
-        let len = self.history.len();
-        for expert in &mut self.experts {
-            expert.fit(&self.history, len);
+    /// Whether there is something to learn.
+    pub fn wants_learning(&self) -> bool {
+        let enough = self.history.len() >= FIRST_FIT.max(8 * self.history.shape().horizon);
+        self.learning.is_some() || (enough && self.history.seen() >= self.due)
+    }
+
+    /// Does a few milliseconds of learning, if there is something to learn.
+    pub fn learn_slice(&mut self) -> Progress {
+        if !self.wants_learning() {
+            return Progress::Idle;
+        }
+        let learning = self.learning.get_or_insert_with(|| {
+            // Own samples teach what weights and calibration are worth the first time.
+            let untaught = (self.fits == 0).then(|| Tracking::new(self.history.shape().horizon));
+            Box::new(Learning::new(&self.history, untaught, self.experts.as_ref()))
+        });
+        if !learning.slice() {
+            return Progress::Working;
+        }
+        if let Some(learning) = self.learning.take() {
+            self.adopt(*learning);
+        }
+        Progress::Done
+    }
+
+    /// Learns all that there is to learn.
+    pub fn learn(&mut self) {
+        while self.learn_slice() == Progress::Working {}
+    }
+
+    fn adopt(&mut self, learning: Learning) {
+        let from = learning.seen();
+        let (mut experts, tracking) = learning.finish();
+        // Samples that came while it learnt.
+        let missed = (self.history.seen() - from) as usize;
+        for index in self.history.len().saturating_sub(missed)..self.history.len() {
+            experts.advance(&self.history, index);
+        }
+        self.experts = Some(experts);
+        if let Some(tracking) = tracking {
+            self.changes_seen = tracking.drift.changes();
+            self.tracking = tracking;
+        }
+        self.fits += 1;
+        let grown = (self.history.len() as f64 * GROWTH) as u64;
+        self.due = self.history.seen() + grown.clamp(1, self.history.shape().season as u64);
+    }
+
+    /// What comes after the newest sample. Without samples all is 0; before anything was learnt, the last value with
+    /// intervals as wide as ignorance asks.
+    pub fn forecast(&self) -> Forecast {
+        match self.panel() {
+            Some(panel) => Forecast::new(self.tracking.calibrated(&panel)),
+            None => Forecast::new(cold::forecast(&self.history, self.history.shape().horizon)),
+        }
+    }
+
+    /// All experts' forecasts after the newest sample; `None` before anything was learnt.
+    pub fn panel(&self) -> Option<Panel> {
+        let origin = self.history.len().checked_sub(1)?;
+        Some(self.experts.as_ref()?.panel(&self.history, origin))
+    }
+
+    /// Where it stands, for people and metrics.
+    pub fn status(&self) -> Status {
+        let names = self.experts.iter().flat_map(|e| e.all().map(|m| m.name()));
+        Status {
+            weights: names.zip(self.tracking.mix.mean_weights()).collect(),
+            fallback_share: self.tracking.guard.share(),
+            changes: self.tracking.drift.changes(),
+            fits: self.fits,
+            bytes: self.history.bytes() + self.tracking.bytes() + self.experts.as_ref().map_or(0, Experts::bytes),
         }
     }
 }
@@ -163,29 +217,64 @@ impl Hybrid {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ShapeError;
 
     fn wave(i: usize) -> f64 {
         100.0 + 50.0 * (i as f64 / 24.0 * std::f64::consts::TAU).sin() + ((i * 7919) % 13) as f64
     }
 
+    fn learnt(count: usize) -> Result<Hybrid, ShapeError> {
+        let mut hybrid = Hybrid::new(Shape::new(3600, 24, 6)?);
+        hybrid.preload((0..count).map(|i| Some(wave(i))));
+        hybrid.learn();
+        Ok(hybrid)
+    }
+
     #[test]
-    fn a_panel_does_not_see_what_comes_after_its_origin() -> Result<(), crate::error::ShapeError> {
-        let shape = Shape::new(3600, 24, 6)?;
-        let mut known = Hybrid::new(shape);
-        let mut changed = Hybrid::new(shape);
-        for i in 0..600 {
-            known.push(Some(wave(i)));
-            changed.push(Some(wave(i)));
+    fn a_daily_wave_is_forecast_better_than_by_its_last_value() -> Result<(), ShapeError> {
+        let mut hybrid = learnt(600)?;
+        let (mut own, mut naive) = (0.0, 0.0);
+        for i in 600..700 {
+            hybrid.push(Some(wave(i)));
+            let forecast = hybrid.forecast();
+            own += (forecast.at(6, 0.5).unwrap_or(f64::NAN) - wave(i + 6)).abs();
+            naive += (wave(i) - wave(i + 6)).abs();
         }
-        known.fit();
-        changed.fit();
-        let origin = known.history.len() - 1;
-        for i in 600..640 {
-            known.history.push(Some(wave(i)));
-            changed.history.push(Some(-1e6));
+        assert!(own < 0.2 * naive, "{own} against {naive}");
+        Ok(())
+    }
+
+    #[test]
+    fn learning_beside_new_samples_ends_where_learning_at_once_does() -> Result<(), ShapeError> {
+        let (mut at_once, mut sliced) = (learnt(500)?, learnt(500)?);
+        let mut interleaved = 0;
+        for i in 500..640 {
+            at_once.push(Some(wave(i)));
+            at_once.learn();
+            sliced.push(Some(wave(i)));
+            for _ in 0..100 {
+                interleaved += usize::from(sliced.learn_slice() == Progress::Working);
+            }
         }
-        assert_eq!(known.panel(origin), changed.panel(origin));
-        assert_ne!(known.panel(origin + 20), changed.panel(origin + 20));
+        assert!(interleaved > 100);
+        assert!(sliced.status().fits >= at_once.status().fits - 1 && at_once.status().fits > 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_sibling_forecasts_a_new_guest_at_once_and_better_than_ignorance() -> Result<(), ShapeError> {
+        let old = learnt(600)?;
+        let mut young = Hybrid::warm_start(*old.history().shape(), &old);
+        let mut cold = Hybrid::new(*old.history().shape());
+        let (mut warm_loss, mut cold_loss) = (0.0, 0.0);
+        for i in 0..48 {
+            young.push(Some(wave(i)));
+            cold.push(Some(wave(i)));
+            let miss = |h: &Hybrid| (h.forecast().at(4, 0.5).unwrap_or(f64::NAN) - wave(i + 4)).abs();
+            warm_loss += miss(&young);
+            cold_loss += miss(&cold);
+        }
+        assert!(warm_loss < 0.5 * cold_loss, "{warm_loss} against {cold_loss}");
         Ok(())
     }
 }

@@ -1,28 +1,31 @@
 //! Linear location and scale: for every step ahead a robust ridge regression on the features for the median, a second
 //! one for the size of its errors, and the quantiles of the standardised errors.
 
-use super::Model;
-use crate::features::{ORIGIN_FEATURES, ROW_FEATURES, Row, View, column};
-use crate::history::History;
+use super::solve::{dot, ridge};
+use super::{Input, Model, Sample};
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
+use crate::features::{ORIGIN_FEATURES, ROW_FEATURES, Row, column};
 use crate::quantiles::{LEVELS, Quantiles, quantile_of_sorted};
 
 /// Daily and hourly harmonics, a sine and a cosine each.
-const HARMONICS: usize = 4 + 2;
-/// Features that are categories, not quantities.
-const CATEGORIES: usize = 5;
+const DAILY: usize = 4;
+const HOURLY: usize = 2;
+/// Features that are quantities.
+const QUANTITIES: usize = ROW_FEATURES - column::CATEGORIES;
 /// Inputs of the regression: quantities, harmonics and a constant.
-const INPUTS: usize = ROW_FEATURES - CATEGORIES + 2 * HARMONICS + 1;
-/// Rows of a fit; older ones are left out.
-const ROWS: usize = 8192;
+pub(super) const INPUTS: usize = QUANTITIES + 2 * (DAILY + HOURLY) + 1;
 /// Standardised inputs are clipped here, so that no outlier pulls a forecast out of the world.
 const CLIP: f64 = 6.0;
 /// Rounds of reweighting towards the least absolute error.
 const ROUNDS: usize = 3;
-/// Ridge penalty a row.
+/// Ridge penalty a row, for the median and for the size of errors.
 const RIDGE: f64 = 2e-3;
 const SCALE_RIDGE: f64 = 2e-2;
+/// Fewer rows than this teach nothing.
+const LEAST_ROWS: usize = 2 * INPUTS;
 
-type Inputs = [f64; INPUTS];
+pub(super) type Inputs = [f64; INPUTS];
 
 #[derive(Debug, Clone)]
 struct Step {
@@ -36,7 +39,6 @@ struct Step {
 #[derive(Debug, Clone)]
 pub struct Linear {
     horizon: usize,
-    view: Option<View>,
     centre: Inputs,
     width: Inputs,
     steps: Vec<Step>,
@@ -44,12 +46,17 @@ pub struct Linear {
 
 impl Linear {
     pub fn new(horizon: usize) -> Self {
-        Self { horizon, view: None, centre: [0.0; INPUTS], width: [1.0; INPUTS], steps: Vec::new() }
+        Self { horizon, centre: [0.0; INPUTS], width: [1.0; INPUTS], steps: Vec::new() }
     }
 
-    /// Median `step` steps after `origin` in scaled units, relative to the newest value; the row must be filled.
-    pub fn median(&self, row: &Row, step: usize) -> f64 {
-        self.steps.get(step - 1).map_or(0.0, |s| dot(&s.location, &self.standardised(&raw(row))))
+    /// Medians a step for the rows of one origin, in units of the view and relative to the newest value.
+    pub fn medians(&self, rows: &[Row]) -> Vec<f32> {
+        rows.iter().enumerate().map(|(step, row)| self.median(row, step)).collect()
+    }
+
+    /// The median `step` (0-based) steps ahead.
+    pub fn median(&self, row: &Row, step: usize) -> f32 {
+        self.steps.get(step).map_or(0.0, |s| dot(&s.location, &self.standardised(&raw(row))) as f32)
     }
 
     fn standardised(&self, raw: &Inputs) -> Inputs {
@@ -78,55 +85,38 @@ impl Model for Linear {
         "linear"
     }
 
-    fn fit(&mut self, history: &History, end: usize) {
-        self.steps.clear();
-        let season = history.shape().season;
-        let warm = if end > 3 * season { season } else { end / 4 };
-        let start = warm.max(end.saturating_sub(ROWS));
-        if end < start + self.horizon + 2 * INPUTS {
-            return;
+    fn learn(&mut self, sample: &Sample, slice: usize) -> bool {
+        if slice == 0 {
+            self.steps.clear();
         }
-        let view = View::of(history, end);
-        self.view = Some(view);
-        let z = |i: usize| f64::from(view.scale.scaled(history.values()[i]));
-        let origins: Vec<usize> = (start..end - 1).collect();
-        let mut rows: Vec<Row> = vec![[0.0; ROW_FEATURES]; origins.len()];
-        for (row, &t) in rows.iter_mut().zip(&origins) {
-            view.origin(history, t, row);
+        let Some(rows) = sample.rows.get(slice).filter(|r| r.len() >= LEAST_ROWS) else {
+            self.steps.clear();
+            return true;
+        };
+        let raws: Vec<Inputs> = rows.iter().map(raw).collect();
+        if slice == 0 {
+            self.learn_standards(&raws);
         }
-        for step in 1..=self.horizon {
-            let count = end - step - start;
-            let raws: Vec<Inputs> = rows[..count]
-                .iter_mut()
-                .zip(&origins)
-                .map(|(row, &t)| {
-                    view.target(history, t, step, row);
-                    raw(row)
-                })
-                .collect();
-            if step == 1 {
-                self.learn_standards(&raws);
-            }
-            let x: Vec<Inputs> = raws.iter().map(|r| self.standardised(r)).collect();
-            let y: Vec<f64> = origins[..count].iter().map(|&t| z(t + step) - z(t)).collect();
-            self.steps.push(fit_step(&x, &y));
+        let kept = || (0..rows.len()).filter(|k| sample.history.is_measured(sample.first + k + slice + 1));
+        let x: Vec<Inputs> = kept().map(|k| self.standardised(&raws[k])).collect();
+        let target = |k: usize| sample.scaled(sample.first + k + slice + 1) - sample.scaled(sample.first + k);
+        let y: Vec<f64> = kept().map(|k| f64::from(target(k))).collect();
+        if x.len() < LEAST_ROWS {
+            self.steps.clear();
+            return true;
         }
+        self.steps.push(fit_step(&x, &y));
+        self.steps.len() == self.horizon
     }
 
-    fn forecast(&self, history: &History, origin: usize, out: &mut [Quantiles]) {
-        let last = history.values()[origin];
-        let Some(view) = self.view.filter(|_| !self.steps.is_empty()) else {
-            out.fill([last; LEVELS.len()]);
-            return;
-        };
-        let mut row = [0.0; ROW_FEATURES];
-        view.origin(history, origin, &mut row);
-        for (index, (out, step)) in out.iter_mut().zip(&self.steps).enumerate() {
-            view.target(history, origin, index + 1, &mut row);
-            let x = self.standardised(&raw(&row));
+    fn forecast(&self, input: &Input, out: &mut [Quantiles]) {
+        let last = input.history.values()[input.origin];
+        out.fill([last; LEVELS.len()]);
+        for ((out, step), row) in out.iter_mut().zip(&self.steps).zip(input.rows) {
+            let x = self.standardised(&raw(row));
             let median = dot(&step.location, &x);
             let scale = dot(&step.scale, &x).clamp(step.scale_bounds.0, step.scale_bounds.1).exp();
-            *out = step.residuals.map(|r| last + view.scale.unit * (median + scale * r));
+            *out = step.residuals.map(|r| last + input.view.scale.unit * (median + scale * r));
         }
     }
 
@@ -171,12 +161,11 @@ fn fit_step(x: &[Inputs], y: &[f64]) -> Step {
 
 fn raw(row: &Row) -> Inputs {
     let mut x = [0.0; INPUTS];
-    let last = f64::from(row[column::LAST]);
-    let quantities = row[..ORIGIN_FEATURES].iter().chain(&row[ORIGIN_FEATURES + CATEGORIES..]);
+    let quantities = row[..ORIGIN_FEATURES].iter().chain(&row[ORIGIN_FEATURES + column::CATEGORIES..]);
     for (x, &v) in x.iter_mut().zip(quantities) {
         *x = f64::from(v);
     }
-    let mut at = ROW_FEATURES - CATEGORIES;
+    let mut at = QUANTITIES;
     let mut wave = |phase: f32, count: usize| {
         for k in 1..=count {
             let (sine, cosine) = (std::f64::consts::TAU * k as f64 * f64::from(phase)).sin_cos();
@@ -185,67 +174,45 @@ fn raw(row: &Row) -> Inputs {
             at += 2;
         }
     };
-    wave(row[column::PHASE], 4);
-    wave(row[column::HOUR_PHASE], 2);
-    debug_assert!(last.is_finite());
+    wave(row[column::PHASE], DAILY);
+    wave(row[column::HOUR_PHASE], HOURLY);
     x
 }
 
-fn dot(a: &Inputs, b: &Inputs) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
+impl Linear {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        out.f64s(&self.centre);
+        out.f64s(&self.width);
+        out.count(self.steps.len());
+        for step in &self.steps {
+            out.f64s(&step.location);
+            out.f64s(&step.scale);
+            out.f64(step.scale_bounds.0);
+            out.f64(step.scale_bounds.1);
+            out.f64s(&step.residuals);
+        }
+    }
 
-/// Weighted ridge regression by the normal equations; the constant (last input) is not penalised.
-fn ridge(x: &[Inputs], y: &[f64], weights: &[f64], penalty: f64) -> Inputs {
-    let mut gram = vec![[0.0f64; INPUTS]; INPUTS];
-    let mut right = [0.0; INPUTS];
-    for ((x, &y), &w) in x.iter().zip(y).zip(weights) {
-        for j in 0..INPUTS {
-            let scaled = w * x[j];
-            if scaled == 0.0 {
-                continue;
+    pub(crate) fn decode(horizon: usize, from: &mut Reader) -> Result<Self, DecodeError> {
+        let mut model = Self::new(horizon);
+        model.centre = from.f64_array("centres")?;
+        model.width = from.f64_array("widths")?;
+        let count = from.count(size_of::<Step>(), "linear steps")?;
+        if count != 0 && count != horizon {
+            return Err(from.range("linear steps"));
+        }
+        for _ in 0..count {
+            let step = Step {
+                location: from.f64_array("location weights")?,
+                scale: from.f64_array("scale weights")?,
+                scale_bounds: (from.f64("scale bound")?, from.f64("scale bound")?),
+                residuals: from.f64_array("residuals")?,
+            };
+            if step.scale_bounds.0 > step.scale_bounds.1 {
+                return Err(from.range("scale bounds"));
             }
-            right[j] += scaled * y;
-            for (g, v) in gram[j][..=j].iter_mut().zip(&x[..=j]) {
-                *g += scaled * v;
-            }
+            model.steps.push(step);
         }
+        Ok(model)
     }
-    let total: f64 = weights.iter().sum();
-    for j in 0..INPUTS - 1 {
-        gram[j][j] += penalty * total + 1e-9;
-    }
-    gram[INPUTS - 1][INPUTS - 1] += 1e-9;
-    cholesky_solve(&mut gram, right)
-}
-
-/// Solves `gram * b = right` for a positive definite matrix given by its lower half; a vanishing pivot drops the input.
-fn cholesky_solve(gram: &mut [Inputs], right: Inputs) -> Inputs {
-    for j in 0..INPUTS {
-        for k in 0..j {
-            let factor = gram[j][k];
-            for i in j..INPUTS {
-                gram[i][j] -= gram[i][k] * factor;
-            }
-        }
-        let pivot = gram[j][j];
-        let scale = if pivot > 1e-12 { 1.0 / pivot.sqrt() } else { 0.0 };
-        for row in gram.iter_mut().skip(j) {
-            row[j] *= scale;
-        }
-    }
-    let mut b = right;
-    for i in 0..INPUTS {
-        for k in 0..i {
-            b[i] -= gram[i][k] * b[k];
-        }
-        b[i] = if gram[i][i] > 0.0 { b[i] / gram[i][i] } else { 0.0 };
-    }
-    for i in (0..INPUTS).rev() {
-        for k in i + 1..INPUTS {
-            b[i] -= gram[k][i] * b[k];
-        }
-        b[i] = if gram[i][i] > 0.0 { b[i] / gram[i][i] } else { 0.0 };
-    }
-    b
 }

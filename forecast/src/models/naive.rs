@@ -1,6 +1,8 @@
 //! Last value and seasonal naive, each with the quantiles of its own residuals.
 
-use super::Model;
+use super::{Input, Model, Sample};
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
 use crate::history::History;
 use crate::quantiles::{LEVELS, MEDIAN, Quantiles, quantile_of_sorted};
 
@@ -68,12 +70,14 @@ impl Model for Naive {
         }
     }
 
-    fn fit(&mut self, history: &History, end: usize) {
+    fn learn(&mut self, sample: &Sample, _slice: usize) -> bool {
+        let (history, end) = (sample.history, sample.end);
         let season = history.shape().season;
         let start = end.saturating_sub(SEASONS * season);
         for step in 1..=self.residuals.len() {
             self.carry[step - 1] = Self::carried(history, start, end, step);
             let mut residuals: Vec<f64> = (start..end.saturating_sub(step))
+                .filter(|t| history.is_measured(t + step))
                 .filter_map(|t| self.point(history, t, step).map(|p| history.values()[t + step] - p))
                 .collect();
             residuals.sort_unstable_by(f64::total_cmp);
@@ -85,17 +89,36 @@ impl Model for Naive {
                 row[MEDIAN] = 0.0;
             }
         }
+        true
     }
 
-    fn forecast(&self, history: &History, origin: usize, out: &mut [Quantiles]) {
-        let last = history.values()[origin];
+    fn forecast(&self, input: &Input, out: &mut [Quantiles]) {
+        let last = input.history.values()[input.origin];
         for (step, (row, residuals)) in out.iter_mut().zip(&self.residuals).enumerate() {
-            let point = self.point(history, origin, step + 1).unwrap_or(last);
+            let point = self.point(input.history, input.origin, step + 1).unwrap_or(last);
             *row = residuals.map(|r| point + r);
         }
     }
 
     fn bytes(&self) -> usize {
         size_of::<Quantiles>() * self.residuals.capacity() + 8 * self.carry.capacity()
+    }
+}
+
+impl Naive {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        for (residuals, &carry) in self.residuals.iter().zip(&self.carry) {
+            out.f64s(residuals);
+            out.f64(carry);
+        }
+    }
+
+    pub(crate) fn decode(repeat: Repeat, horizon: usize, from: &mut Reader) -> Result<Self, DecodeError> {
+        let mut model = Self::new(repeat, horizon);
+        for step in 0..horizon {
+            model.residuals[step] = from.f64_array("residuals")?;
+            model.carry[step] = from.f64("carry")?;
+        }
+        Ok(model)
     }
 }

@@ -1,5 +1,7 @@
 //! Features as small integers: at most [`BINS`] classes each, of about equal counts; class 0 means unknown.
 
+use crate::codec::{Reader, Writer};
+use crate::error::DecodeError;
 use crate::features::{ROW_FEATURES, Row};
 
 /// Classes a feature, class 0 (unknown) included.
@@ -50,6 +52,23 @@ impl Bins {
             .enumerate()
             .map(|(feature, bounds)| rows.iter().map(|r| class(bounds, r[feature])).collect())
             .collect()
+    }
+
+    pub(super) fn encode(&self, out: &mut Writer) {
+        out.count(self.bounds.len());
+        self.bounds.iter().for_each(|b| out.f32s(b));
+    }
+
+    pub(super) fn decode(from: &mut Reader) -> Result<Self, DecodeError> {
+        let count = from.count(4, "binned features")?;
+        if count != 0 && count != ROW_FEATURES {
+            return Err(from.range("binned features"));
+        }
+        let bounds = (0..count).map(|_| from.f32s("bin bounds")).collect::<Result<Vec<_>, _>>()?;
+        if bounds.iter().any(|b| b.len() > BINS - 2 || !b.is_sorted()) {
+            return Err(from.range("bin bounds"));
+        }
+        Ok(Self { bounds })
     }
 
     pub fn bytes(&self) -> usize {
