@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::transport::PeerName;
+
 /// Where the daemon looks for its configuration unless `--config` names another file.
 pub const DEFAULT_CONFIG_PATH: &str = "/etc/virt-shadow/virtshadowd.toml";
 /// Socket of the REST API, and what `virt-shadow` connects to unless `--connect` names another.
@@ -26,8 +28,32 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Journals and process records; lost at reboot, best on tmpfs.
     pub run_dir: PathBuf,
+    /// How hosts speak with each other: `tls`, or `plain-tcp` where nobody else can listen or connect.
+    pub transport: Transport,
+    pub tls: TlsConfig,
     pub agent: AgentConfig,
     pub manager: ManagerConfig,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    Tls,
+    PlainTcp,
+}
+
+/// PEM files, by default where libvirt keeps its own. Both certificates name this host among their DNS names.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// Authorities whose certificates count.
+    pub ca: PathBuf,
+    /// Shown to whom we connect to.
+    pub client_cert: PathBuf,
+    pub client_key: PathBuf,
+    /// Shown to who connects to us; the manager's also names its address, or `agent.manager_name`.
+    pub server_cert: PathBuf,
+    pub server_key: PathBuf,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,6 +63,8 @@ pub struct AgentConfig {
     pub enabled: bool,
     /// Address of the manager's control port, `IP:PORT`.
     pub manager: Option<SocketAddr>,
+    /// Name in the manager's certificate; without it the certificate must hold the address above.
+    pub manager_name: Option<String>,
     /// Address other hosts' agents reach this one's sync port at, and the address it listens on.
     pub sync_listen: SocketAddr,
     pub libvirt_uri: String,
@@ -77,8 +105,22 @@ impl Default for Config {
             socket: DEFAULT_SOCKET_PATH.into(),
             state_dir: "/var/lib/virt-shadow".into(),
             run_dir: "/run/virt-shadow".into(),
+            transport: Transport::Tls,
+            tls: TlsConfig::default(),
             agent: AgentConfig::default(),
             manager: ManagerConfig::default(),
+        }
+    }
+}
+
+impl Default for TlsConfig {
+    fn default() -> Self {
+        Self {
+            ca: "/etc/pki/CA/cacert.pem".into(),
+            client_cert: "/etc/pki/libvirt/clientcert.pem".into(),
+            client_key: "/etc/pki/libvirt/private/clientkey.pem".into(),
+            server_cert: "/etc/pki/libvirt/servercert.pem".into(),
+            server_key: "/etc/pki/libvirt/private/serverkey.pem".into(),
         }
     }
 }
@@ -88,6 +130,7 @@ impl Default for AgentConfig {
         Self {
             enabled: true,
             manager: None,
+            manager_name: None,
             sync_listen: ([0, 0, 0, 0], 7710).into(),
             libvirt_uri: "qemu:///system".into(),
             tracker: TrackerChoice::Auto,
@@ -169,6 +212,15 @@ impl Config {
     /// Where this daemon's agent finds its manager: as configured, or its own manager role on loopback.
     pub fn manager_addr(&self) -> Option<SocketAddr> {
         self.agent.manager.or_else(|| self.manager.enabled.then(|| ([127, 0, 0, 1], self.manager.listen.port()).into()))
+    }
+
+    /// As whom the manager at [`Config::manager_addr`] must show itself.
+    pub fn manager_name(&self) -> Option<PeerName> {
+        match (&self.agent.manager_name, self.agent.manager) {
+            (Some(name), _) => Some(PeerName::Name(name.clone())),
+            (None, Some(addr)) => Some(PeerName::Address(addr.ip())),
+            (None, None) => self.manager.enabled.then(|| PeerName::Name(self.host.clone())),
+        }
     }
 }
 

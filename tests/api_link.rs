@@ -12,6 +12,7 @@ use virt_shadow::api::link::{
     AgentLink, AgentStatus, CommandHandler, LinkOptions, MAX_COMMANDS_IN_FLIGHT, StartRefusal,
 };
 use virt_shadow::api::types::ApiError;
+use virt_shadow::transport::{PeerName, Security};
 
 /// Obeys by name: `hang` never ends, `block` blocks its thread, `panic` panics, anything else is done.
 struct Agent(AtomicU32);
@@ -57,7 +58,15 @@ async fn play() -> Played {
     let manager = listener.local_addr().unwrap();
     let (stop, shutdown) = watch::channel(false);
     let agent = Arc::new(Agent(AtomicU32::new(0)));
-    let options = LinkOptions { manager, host: "h1".into(), rack: "r1".into(), sync_port: 7710, sync_ip: None };
+    let options = LinkOptions {
+        manager,
+        manager_name: PeerName::Address(manager.ip()),
+        security: Security::Plain,
+        host: "h1".into(),
+        rack: "r1".into(),
+        sync_port: 7710,
+        sync_ip: None,
+    };
     let link = AgentLink::start(options, agent.clone(), agent.clone(), shutdown).unwrap();
     Played { listener, link, agent, stop }
 }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 use support::{Bed, GUEST, INTERVAL, Random};
 use virt_shadow::api::control::{AgentHello, CONTROL_VERSION, Heartbeat, ToAgent, ToManager};
-use virt_shadow::lab::{GuestOptions, MANAGER, QemuUser};
+use virt_shadow::config::Transport;
+use virt_shadow::lab::{GuestOptions, LabOptions, MANAGER, QemuUser};
 use vmsync::message::SourceBody;
 use vmsync::units::{Epoch, Term};
 use vmsync::wire::encode;
@@ -60,7 +61,10 @@ fn daemons(bed: &Bed) -> Vec<(String, Pid)> {
 }
 
 fn lab(name: &str) -> Bed {
-    let bed = Bed::raise(name, 3, 2, QemuUser::Root);
+    protected(Bed::raise(name, 3, 2, QemuUser::Root))
+}
+
+fn protected(bed: Bed) -> Bed {
     bed.enable();
     bed.wait_protected();
     bed
@@ -125,6 +129,17 @@ fn orders_that_cannot_be_carried_out_are_refused_with_reason_and_remedy() {
         words.iter().for_each(|word| assert!(errors.contains(word), "{word:?} is not in: {errors}"));
     }
 
+    println!("noise, or nothing but TCP, on ports that speak TLS");
+    let mut random = Random::from_env();
+    for (node, port) in [(MANAGER, CONTROL_PORT), ("host2", SYNC_PORT)] {
+        for len in [0, 5, 3_000, 100_000] {
+            let noise: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
+            let stream = bed.lab.connect_from_client(ip(&bed, node), port).unwrap();
+            // An alert at most.
+            assert!(sent_away(stream, &noise).len() < 64);
+        }
+    }
+
     assert_eq!(daemons(&bed), before, "a daemon died");
     assert_eq!(bed.wait_protected().term, 1);
     bed.assert_equal();
@@ -187,7 +202,9 @@ fn sent_away(mut stream: TcpStream, bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn garbage_on_every_socket_ends_its_own_connection_only() {
     let _lab = support::one_lab();
-    let bed = lab("garbage");
+    // What lies behind TLS must stand it as well: from a host that was broken into, say.
+    let options = LabOptions { transport: Transport::PlainTcp, ..LabOptions::for_test("garbage") };
+    let bed = protected(Bed::raise_as(&options, 2));
     let mut random = Random::from_env();
     let (began, before) = (Instant::now(), daemons(&bed));
     let mut noise = |len: usize| (0..len).map(|_| random.below(256) as u8).collect::<Vec<u8>>();

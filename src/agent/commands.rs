@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::api::control::{Command, Done, Role, ShadowTarget};
+use crate::api::control::{Command, Done, GuestRecord, Role, ShadowTarget};
 use crate::api::link::{CommandHandler, StartRefusal};
 use crate::api::types::ApiError;
 use crate::hypervisor::xml::GuestDefinition;
@@ -15,6 +15,9 @@ use crate::transport;
 use super::primary::{self, Primary, PrimarySpec};
 use super::records::RecordError;
 use super::{Agent, doctor, lock};
+
+/// How long an order waits for a libvirtd that is starting; less than the manager waits for the answer.
+const LIBVIRT_WITHIN: Duration = Duration::from_secs(4);
 
 impl CommandHandler for Agent {
     async fn handle(&self, command: Command) -> Result<Done, ApiError> {
@@ -120,16 +123,20 @@ impl Agent {
     /// Records a role; `domain` `None` keeps the name known.
     fn record(&self, uuid: &str, domain: Option<&str>, term: u64, role: Role) -> Result<(), ApiError> {
         let known = self.records.get(uuid).map(|record| record.domain).unwrap_or_default();
-        self.records.set_role(uuid, domain.unwrap_or(&known), term, role)?.map_err(|newer| {
-            let host = &self.config.host;
-            ApiError::new("conflict", format!("{host} knows term {newer} of guest {uuid}; term {term} is over"))
-        })
+        let set = self.records.set_role(uuid, domain.unwrap_or(&known), term, role)?;
+        set.map_err(|newer| self.term_is_over(uuid, term, newer))
+    }
+
+    fn term_is_over(&self, uuid: &str, term: u64, newer: u64) -> ApiError {
+        let host = &self.config.host;
+        ApiError::new("conflict", format!("{host} knows term {newer} of guest {uuid}; term {term} is over"))
     }
 
     async fn describe(&self, domain: String) -> Result<Done, ApiError> {
         let (libvirt, shadows) = (Arc::clone(&self.libvirt), Arc::clone(&self.shadows));
         blocking(move || {
-            let domain = libvirt.lookup(&domain).map_err(hypervisor_error)?;
+            let hypervisor = libvirt.wait(LIBVIRT_WITHIN).map_err(hypervisor_error)?;
+            let domain = hypervisor.lookup(&domain).map_err(hypervisor_error)?;
             let (state, _) = domain.state().map_err(hypervisor_error)?;
             let is_shadow = shadows.status(domain.uuid()).is_some();
             let running = matches!(state, DomainState::Running | DomainState::Paused) && !is_shadow;
@@ -195,10 +202,18 @@ impl Agent {
     }
 
     async fn accept_shadow(&self, uuid: String, domain: String, term: u64, primary: String) -> Result<Done, ApiError> {
+        let record = GuestRecord {
+            uuid: uuid.clone(),
+            domain: domain.clone(),
+            term,
+            role: Role::Shadow,
+            primary: Some(primary.clone()),
+            active: false,
+        };
+        self.records.set(record)?.map_err(|known| self.term_is_over(&uuid, term, known.term))?;
         if lock(&self.primaries).contains_key(&uuid) {
             self.stop_copy(uuid.clone(), term).await?;
         }
-        self.record(&uuid, Some(&domain), term, Role::Shadow)?;
         let shadows = Arc::clone(&self.shadows);
         blocking(move || shadows.accept(&uuid, &domain, term, &primary)).await??;
         Ok(Done::Nothing)
@@ -237,20 +252,17 @@ impl Agent {
     }
 
     async fn retire(&self, uuid: String, term: u64) -> Result<Done, ApiError> {
+        // First: a start that is under way asks the hook, and ending that copy waits for it.
+        self.record(&uuid, None, term, Role::Retired)?;
         self.stop_copy(uuid.clone(), term).await?;
         // It may be a shadow that could not take over.
         let (shadows, guest) = (Arc::clone(&self.shadows), uuid.clone());
         blocking(move || shadows.drop_shadow(&guest)).await??;
-        self.record(&uuid, None, term, Role::Retired)?;
         Ok(Done::Nothing)
     }
 
     /// Ends the copy of a guest that another host runs by now.
     async fn stop_copy(&self, uuid: String, term: u64) -> Result<(), ApiError> {
-        if let Some(known) = self.records.get(&uuid).filter(|known| known.term > term) {
-            let text = format!("{} knows term {} of guest {uuid}", self.config.host, known.term);
-            return Err(ApiError::new("conflict", text));
-        }
         let primary = lock(&self.primaries).remove(&uuid);
         let libvirt = Arc::clone(&self.libvirt);
         let is_shadow = self.shadows.status(&uuid).is_some();

@@ -7,7 +7,8 @@ use nix::sys::statfs::TMPFS_MAGIC;
 
 use crate::api::types::{DoctorCheck, DoctorReport};
 use crate::capture::uffd;
-use crate::config::{Config, TrackerChoice};
+use crate::config::{Config, TrackerChoice, Transport};
+use crate::transport::Security;
 
 use super::libvirt::Libvirt;
 
@@ -57,6 +58,7 @@ pub fn examine(config: &Config, libvirt: &Libvirt, manager_connected: bool) -> D
         check("run_dir", tmpfs(&config.run_dir), false),
         check("memory", free_memory(), false),
         check("hook", hook(), false),
+        check("transport", transport(config), false),
         check(
             "manager",
             if manager_connected {
@@ -99,6 +101,22 @@ fn qemu_version(libvirt: &Libvirt) -> Outcome {
         Ok(found) if found >= OLDEST_QEMU => Ok(format!("QEMU {}", version(found))),
         Ok(found) => Err((format!("QEMU {}", version(found)), "install QEMU 8.0 or newer".into())),
         Err(error) => Err((error.to_string(), "install qemu-system".into())),
+    }
+}
+
+/// The daemon would not run with certificates that cannot be read; whether they name this host is another matter.
+fn transport(config: &Config) -> Outcome {
+    match config.transport {
+        Transport::PlainTcp => Err((
+            "plain-tcp: whoever reaches the network can read and change guests' memory".into(),
+            "make certificates (docs/security.md) and set transport to tls".into(),
+        )),
+        Transport::Tls => match Security::speaks_for(&config.tls, &config.host) {
+            Ok(()) => Ok(format!("tls, as {}", config.host)),
+            Err(reason) => {
+                Err((reason, format!("make certificates with dns_name = {} (docs/security.md)", config.host)))
+            }
+        },
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, RwLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::hypervisor::{Domain, Hypervisor, HypervisorError, HypervisorEvent};
 
@@ -44,6 +44,17 @@ impl Libvirt {
             uri: self.uri.clone(),
             message: "libvirtd does not answer; connecting again".into(),
         })
+    }
+
+    /// The connection as soon as there is one: libvirtd may just be starting.
+    pub fn wait(&self, within: Duration) -> Result<Arc<Hypervisor>, HypervisorError> {
+        let give_up_at = Instant::now() + within;
+        loop {
+            match self.get() {
+                Err(_) if Instant::now() < give_up_at => std::thread::sleep(RECONNECT_AFTER / 4),
+                outcome => return outcome,
+            }
+        }
     }
 
     pub fn lookup(&self, name_or_uuid: &str) -> Result<Domain, HypervisorError> {

@@ -27,6 +27,7 @@ use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Role};
 use crate::api::link::{AgentLink, AgentStatus, LinkOptions, StartRefusal};
 use crate::config::Config;
 use crate::hypervisor::{HypervisorEvent, Lifecycle, Started};
+use crate::transport::Security;
 
 use guards::GuardKeeper;
 use libvirt::Libvirt;
@@ -51,8 +52,12 @@ pub struct Agent {
 }
 
 /// Starts the agent role. Its threads end when `shutdown` turns true and the last handle is dropped.
-pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result<(Arc<Agent>, AgentLink)> {
-    let options = LinkOptions::from_config(config).context("agent.manager is not configured")?;
+pub fn start(
+    config: &Config,
+    security: Security,
+    shutdown: watch::Receiver<bool>,
+) -> anyhow::Result<(Arc<Agent>, AgentLink)> {
+    let options = LinkOptions::from_config(config, security.clone()).context("agent.manager is not configured")?;
     std::fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot create {}", config.run_dir.display()))?;
     let records = Arc::new(Records::open(&config.state_dir)?);
     let link: Arc<OnceLock<AgentLink>> = Arc::default();
@@ -66,9 +71,10 @@ pub fn start(config: &Config, shutdown: watch::Receiver<bool>) -> anyhow::Result
     let libvirt = Libvirt::start(&config.agent.libvirt_uri, Arc::new(move |event| unclaimed(event, &*others)))?;
     let guards = Arc::new(GuardKeeper::default());
     guards.get().context("cannot start the guard process")?;
-    let shadows = Shadows::start(config, Arc::clone(&libvirt), Arc::clone(&records))?;
+    let shadows = Shadows::start(config, security.clone(), Arc::clone(&libvirt), Arc::clone(&records))?;
     let context = Arc::new(PrimaryContext {
         host: config.host.clone(),
+        security,
         libvirt: Arc::clone(&libvirt),
         records: Arc::clone(&records),
         guards,

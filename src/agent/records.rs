@@ -78,9 +78,9 @@ impl Records {
         Ok(Ok(()))
     }
 
-    /// Remembers that `uuid` has `role` with `term` here.
+    /// Remembers that `uuid` has `role` with `term` here; of a shadow, whose it is is not known any more.
     pub fn set_role(&self, uuid: &str, domain: &str, term: u64, role: Role) -> Result<Result<(), u64>, RecordError> {
-        let record = GuestRecord { uuid: uuid.into(), domain: domain.into(), term, role, active: false };
+        let record = GuestRecord { uuid: uuid.into(), domain: domain.into(), term, role, primary: None, active: false };
         Ok(self.set(record)?.map_err(|known| known.term))
     }
 

@@ -100,6 +100,9 @@ pub struct GuestRecord {
     pub domain: String,
     pub term: u64,
     pub role: Role,
+    /// Of a shadow: the host whose guest it follows, and which alone may write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub primary: Option<String>,
     /// Whether a domain of that UUID is active in this host's libvirt right now.
     #[serde(default)]
     pub active: bool,

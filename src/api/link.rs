@@ -21,6 +21,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::control::{Command, Done, GuestEvent, GuestRecord, Heartbeat, ToManager};
 use super::types::ApiError;
 use crate::config::Config;
+use crate::transport::{PeerName, Security};
 
 mod session;
 
@@ -77,6 +78,9 @@ pub trait CommandHandler: Send + Sync + 'static {
 #[derive(Debug, Clone)]
 pub struct LinkOptions {
     pub manager: SocketAddr,
+    /// As whom the manager must show itself.
+    pub manager_name: PeerName,
+    pub security: Security,
     pub host: String,
     pub rack: String,
     pub sync_port: u16,
@@ -86,10 +90,12 @@ pub struct LinkOptions {
 
 impl LinkOptions {
     /// None if the configuration names no manager.
-    pub fn from_config(config: &Config) -> Option<Self> {
+    pub fn from_config(config: &Config, security: Security) -> Option<Self> {
         let ip = config.agent.sync_listen.ip();
         Some(Self {
             manager: config.manager_addr()?,
+            manager_name: config.manager_name()?,
+            security,
             host: config.host.clone(),
             rack: config.rack.clone(),
             sync_port: config.agent.sync_listen.port(),

@@ -10,6 +10,7 @@ use virt_shadow::api::server::{self, Backend};
 use virt_shadow::cli::args::Daemon;
 use virt_shadow::config::Config;
 use virt_shadow::manager::{Manager, Options};
+use virt_shadow::transport::Security;
 
 fn main() -> ExitCode {
     // The agent starts this program again as its guard; see `capture::guard`. Before anything makes a thread.
@@ -40,14 +41,19 @@ fn start(arguments: &Daemon) -> anyhow::Result<()> {
 
 async fn run(config: Config) -> anyhow::Result<()> {
     let (stop, shutdown) = watch::channel(false);
+    let security = Security::load(config.transport, &config.tls)?;
+    if matches!(security, Security::Plain) {
+        tracing::warn!("transport = \"plain-tcp\": whoever reaches this network can read and change guests' memory");
+    }
     let listener = server::listen(&config.socket).await?;
     let manager = match config.manager.enabled {
-        true => Some(Manager::start(Options::from_config(&config), shutdown.clone()).await?),
+        true => Some(Manager::start(Options::from_config(&config, security.clone()), shutdown.clone()).await?),
         false => None,
     };
     // Kept until the end: the agent works as long as it has an owner.
     let (_agent, link) = match config.agent.enabled {
-        true => virt_shadow::agent::start(&config, shutdown.clone()).map(|(agent, link)| (Some(agent), Some(link)))?,
+        true => virt_shadow::agent::start(&config, security, shutdown.clone())
+            .map(|(agent, link)| (Some(agent), Some(link)))?,
         false => (None, None),
     };
     let backend = Backend { host: config.host.clone(), manager, agent: link };

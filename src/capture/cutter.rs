@@ -82,12 +82,32 @@ pub struct StatePipe {
 }
 
 impl StatePipe {
-    /// Sets the pipe to one page, so that QEMU waits for us after the first bytes.
+    /// Sets the pipe to one page, so that QEMU waits for us after the first bytes. QEMU must not be writing to it.
     pub fn new(read_end: OwnedFd, write_fd: i32) -> io::Result<Self> {
         fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pipe = Self { read_end: File::from(read_end), write_fd };
+        pipe.empty()?;
         pipe.narrow()?;
         Ok(pipe)
+    }
+
+    /// Throws away what a cut left whose agent died: no pipe can be narrowed below what it holds, and the next cut
+    /// must not take it for its own first bytes.
+    fn empty(&self) -> io::Result<()> {
+        let (mut bytes, mut thrown_away) = (vec![0; PAGE_SIZE], 0);
+        loop {
+            match (&self.read_end).read(&mut bytes) {
+                Ok(0) => break,
+                Ok(read) => thrown_away += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if thrown_away > 0 {
+            tracing::info!(thrown_away, "the pipe held the rest of an earlier cut");
+        }
+        Ok(())
     }
 
     /// One page: QEMU waits for us after it.
@@ -209,6 +229,7 @@ impl Cutter {
         &mut self,
         mut work: impl FnMut(&mut dyn Tracker, &mut PageSet) -> Result<(), CutError>,
     ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
+        self.pipe.empty().map_err(CutError::Pipe)?;
         self.guard.begin(self.slot, self.bound)?;
         let command = format!(
             r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"/proc/self/fd/{}","live":false}}}}"#,
@@ -348,5 +369,23 @@ impl MonitorThread {
 impl Drop for MonitorThread {
     fn drop(&mut self) {
         self.commands = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn what_an_earlier_cut_left_in_the_pipe_is_thrown_away() {
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        fcntl(&read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES)).unwrap();
+        File::from(write_end.try_clone().unwrap()).write_all(&vec![7; 3 * PAGE_SIZE]).unwrap();
+        let pipe = StatePipe::new(read_end, 0).unwrap();
+        let mut byte = [0];
+        let nothing = (&pipe.read_end).read(&mut byte).unwrap_err();
+        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(fcntl(&pipe.read_end, FcntlArg::F_GETPIPE_SZ).unwrap(), PAGE_SIZE as i32);
     }
 }

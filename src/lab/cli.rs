@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::config::Transport;
 use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
@@ -62,6 +63,9 @@ enum LabCommand {
         /// User that libvirt runs QEMU as
         #[arg(long, default_value = "root", value_name = "USER")]
         qemu_user: QemuUser,
+        /// Without TLS between the daemons
+        #[arg(long)]
+        plain_tcp: bool,
         /// Raise hosts without virtshadowd
         #[arg(long)]
         no_daemon: bool,
@@ -202,11 +206,20 @@ impl Cli {
         let (name, json) = (self.name, self.format == Format::Json);
         let open = || Lab::open(&name);
         match self.command {
-            LabCommand::Up { hosts, racks, qemu_user, no_daemon } => {
+            LabCommand::Up { hosts, racks, qemu_user, plain_tcp, no_daemon } => {
                 let interrupt = watch_interrupt()?;
                 let base = LabOptions::new(&name);
-                let options =
-                    LabOptions { hosts, racks, qemu_user, daemons: !no_daemon, verbose: true, interrupt, ..base };
+                let transport = if plain_tcp { Transport::PlainTcp } else { base.transport };
+                let options = LabOptions {
+                    hosts,
+                    racks,
+                    qemu_user,
+                    transport,
+                    daemons: !no_daemon,
+                    verbose: true,
+                    interrupt,
+                    ..base
+                };
                 Lab::up(&options)?;
             }
             LabCommand::Down { keep_logs } => {

@@ -24,6 +24,8 @@ pub enum LabError {
     System { action: String, source: std::io::Error },
     #[error("{path}: {reason}")]
     Corrupt { path: PathBuf, reason: String },
+    #[error("certificates of the lab: {0}")]
+    Pki(String),
     /// The running product did not do what it should.
     #[error("{0}")]
     Product(String),

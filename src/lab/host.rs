@@ -12,6 +12,7 @@ use nix::unistd::User;
 use super::error::{LabError, Result};
 use super::init::{InitSpec, NodeStatus, STATUS_PATH, ServiceSpec};
 use super::namespace::{self, FABRIC, UPLINK};
+use super::pki::{self, Authority};
 use super::process::{self, ProcessRef};
 use super::state::{CACHE_ROOT, LabState, MANAGER_IP, NodeState, QemuUser, Role, node_run_link, node_var_dir};
 use crate::config::{AgentConfig, Config, DEFAULT_CONFIG_PATH, ManagerConfig};
@@ -87,7 +88,7 @@ fn create_dir(path: &Path) -> Result<()> {
 }
 
 /// Makes all files of a node that has never been started.
-pub fn prepare(state: &LabState, node: &NodeState, programs: &Programs) -> Result<()> {
+pub fn prepare(state: &LabState, node: &NodeState, programs: &Programs, authority: &Authority) -> Result<()> {
     let dir = node_var_dir(&state.name, &node.name);
     create_dir(&dir.join("log"))?;
     let mut binds = Vec::new();
@@ -111,7 +112,8 @@ pub fn prepare(state: &LabState, node: &NodeState, programs: &Programs) -> Resul
         prepare_libvirt(state, node, &dir, programs)?;
         services.push(service("libvirtd", &["libvirtd"]));
     }
-    write_config(node, &dir)?;
+    write_config(state, node, &dir)?;
+    authority.issue(&node.name, node.ip.into(), &dir.join("etc-virt-shadow/pki"))?;
     if let (true, Some(daemon)) = (state.daemons, &programs.daemon) {
         let daemon = daemon.display().to_string();
         services.push(service(DAEMON, &[&daemon, "--config", DEFAULT_CONFIG_PATH]));
@@ -191,7 +193,7 @@ pub fn keep_capabilities(state: &LabState, host: &str) -> Result<()> {
     copy_capabilities(&found, &kept_capabilities(state.qemu_user))
 }
 
-fn write_config(node: &NodeState, dir: &Path) -> Result<()> {
+fn write_config(state: &LabState, node: &NodeState, dir: &Path) -> Result<()> {
     let is_host = node.role == Role::Host;
     let config = Config {
         host: node.name.clone(),
@@ -207,6 +209,8 @@ fn write_config(node: &NodeState, dir: &Path) -> Result<()> {
             listen: (node.ip, CONTROL_PORT).into(),
             ..ManagerConfig::default()
         },
+        transport: state.transport,
+        tls: pki::config(Path::new("/etc/virt-shadow/pki")),
         ..Config::default()
     };
     let path = dir.join("etc-virt-shadow/virtshadowd.toml");

@@ -26,6 +26,7 @@ mod host;
 mod image;
 mod init;
 mod namespace;
+pub mod pki;
 mod process;
 mod raise;
 mod state;
@@ -51,6 +52,8 @@ use host::Programs;
 use namespace::{FABRIC, UPLINK};
 use state::LabLock;
 
+use crate::config::Transport;
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of a guest that boots: TCP itself would try again only after a second.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -66,6 +69,8 @@ pub struct LabOptions {
     /// Host i (from 1) is in rack (i - 1) % racks + 1.
     pub racks: u8,
     pub qemu_user: QemuUser,
+    /// How its daemons speak with each other; certificates are made in any case.
+    pub transport: Transport,
     /// Whether virtshadowd runs on the hosts and the manager.
     pub daemons: bool,
     /// The lab lives no longer than this process: [`Lab`] removes it when dropped, and the next [`Lab::up`] of any
@@ -85,6 +90,7 @@ impl LabOptions {
             hosts: 3,
             racks: 3,
             qemu_user: QemuUser::Root,
+            transport: Transport::Tls,
             daemons: true,
             owned: false,
             verbose: false,

@@ -10,6 +10,7 @@ use super::error::{LabError, Result};
 use super::guest::uuid_from;
 use super::host::{self, Programs};
 use super::namespace::{self, FABRIC, SPINE, UPLINK};
+use super::pki::Authority;
 use super::process::ProcessRef;
 use super::state::{
     self, CLIENT, CLIENT_IP, HOSTS_MAX, LOG_ROOT, LabLock, LabState, MANAGER, MANAGER_IP, NodeState, RUN_ROOT, Role,
@@ -63,11 +64,11 @@ pub fn up(options: &LabOptions, programs: &Programs) -> Result<()> {
 
 /// A lab that is up: checks that it is what was asked for, and starts what crashed.
 fn resume(lock: &LabLock, mut state: LabState, options: &LabOptions, programs: &Programs) -> Result<()> {
-    let have = (state.hosts().count() as u8, state.racks, state.qemu_user, state.daemons);
-    if have != (options.hosts, options.racks, options.qemu_user, options.daemons) {
+    let have = (state.hosts().count() as u8, state.racks, state.qemu_user, state.transport, state.daemons);
+    if have != (options.hosts, options.racks, options.qemu_user, options.transport, options.daemons) {
         let reason = format!(
-            "is up with other options ({} hosts, {} racks, QEMU as {:?}, daemons: {}); take it down first",
-            have.0, have.1, have.2, have.3
+            "is up with other options ({} hosts, {} racks, QEMU as {:?}, {:?}, daemons: {}); take it down first",
+            have.0, have.1, have.2, have.3, have.4
         );
         return Err(LabError::Invalid { what: "lab", value: options.name.clone(), reason });
     }
@@ -105,6 +106,7 @@ fn plan(options: &LabOptions) -> Result<LabState> {
         owner,
         racks: options.racks,
         qemu_user: options.qemu_user,
+        transport: options.transport,
         daemons: options.daemons,
         complete: false,
         nodes,
@@ -130,8 +132,9 @@ fn raise(lock: &LabLock, state: &mut LabState, options: &LabOptions, programs: &
     go_on()?;
     say(options, &format!("network of {} racks is there", state.racks));
 
+    let authority = Authority::new(&state.name)?;
     let started = each(state, |node| {
-        host::prepare(state, node, programs)?;
+        host::prepare(state, node, programs, &authority)?;
         go_on()?;
         host::power_on(&state.name, node, programs)
     });

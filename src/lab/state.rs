@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{LabError, Result};
 use super::process::ProcessRef;
+use crate::config::Transport;
 
 /// Everything that a reboot of this machine may forget: states, links to the nodes' `/run`.
 pub const RUN_ROOT: &str = "/run/virt-shadow-lab";
@@ -76,6 +77,7 @@ pub struct LabState {
     pub owner: Option<ProcessRef>,
     pub racks: u8,
     pub qemu_user: QemuUser,
+    pub transport: Transport,
     pub daemons: bool,
     /// False while `up` is at work; a lab that stays so was interrupted.
     pub complete: bool,

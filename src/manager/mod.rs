@@ -30,6 +30,7 @@ use self::links::Links;
 pub use self::store::StoreError;
 use crate::api::types::ApiError;
 use crate::config::Config;
+use crate::transport::Security;
 
 /// Name of the database in the state directory.
 pub const DATABASE: &str = "manager.sqlite";
@@ -52,10 +53,11 @@ pub struct Options {
     pub database: PathBuf,
     pub heartbeat_ms: u64,
     pub settings: Settings,
+    pub security: Security,
 }
 
 impl Options {
-    pub fn from_config(config: &Config) -> Self {
+    pub fn from_config(config: &Config, security: Security) -> Self {
         let manager = &config.manager;
         Self {
             listen: manager.listen,
@@ -66,6 +68,7 @@ impl Options {
                 confirm_ms: manager.confirm_ms,
                 ..Settings::default()
             },
+            security,
         }
     }
 }
@@ -78,6 +81,7 @@ pub struct Manager {
     newest_event: watch::Receiver<u64>,
     heartbeat_ms: u64,
     settings: Settings,
+    security: Security,
     listens: SocketAddr,
 }
 
@@ -110,6 +114,7 @@ impl Manager {
             newest_event: newest_event_seen,
             heartbeat_ms: options.heartbeat_ms,
             settings: options.settings,
+            security: options.security,
             listens,
         };
         tokio::spawn(tick(manager.inputs.clone(), shutdown.clone()));
@@ -118,6 +123,9 @@ impl Manager {
         Ok(manager)
     }
 
+    fn security(&self) -> &Security {
+        &self.security
+    }
     /// The control port, as bound.
     pub fn listens(&self) -> SocketAddr {
         self.listens

@@ -1,13 +1,12 @@
 //! One agent's connection, from its first byte to its last. What comes over it is checked, not trusted.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use placement::HostName;
 use placement::guardian::{Event, HostIntro};
-use tokio::io::AsyncWrite;
-use tokio::net::tcp::OwnedReadHalf;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
@@ -17,6 +16,7 @@ use super::links::{MAX_OUTGOING, NewLink};
 use super::{Manager, translate};
 use crate::api::control::{AgentHello, CONTROL_VERSION, GuestEvent, ToAgent, ToManager};
 use crate::api::frame::{FrameError, read_frame, write_frame};
+use crate::transport::control::{self, ControlStream};
 
 /// Connections at a time, those included that have not said who they are.
 const MAX_CONNECTIONS: usize = 1024;
@@ -74,12 +74,19 @@ enum Rejected {
     Told(String),
 }
 
-async fn serve(manager: &Manager, mut stream: TcpStream, peer: SocketAddr) {
-    let socket = socket2::SockRef::from(&stream);
-    // Best effort: without these a lost agent costs a descriptor for longer.
-    let _ = socket.set_tcp_nodelay(true);
-    let _ = socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT));
-    let hello = match greet(&mut stream).await {
+async fn serve(manager: &Manager, stream: TcpStream, peer: SocketAddr) {
+    let local = stream.local_addr().map_or(peer.ip(), |addr| addr.ip());
+    let accepted = timeout(HELLO_TIMEOUT, control::accept(manager.security(), stream, WRITE_TIMEOUT)).await;
+    let (mut stream, identity) = match accepted {
+        Ok(Ok(accepted)) => accepted,
+        Ok(Err(error)) => return tracing::warn!(%peer, "control port: {error}"),
+        Err(_) => return tracing::warn!(%peer, "control port: no handshake within {} s", HELLO_TIMEOUT.as_secs()),
+    };
+    let greeted = greet(&mut stream).await.and_then(|hello| match identity.speaks_for(&hello.host) {
+        Ok(()) => Ok(hello),
+        Err(reason) => Err(Rejected::Told(reason)),
+    });
+    let hello = match greeted {
         Ok(hello) => hello,
         Err(rejected) => {
             if let Rejected::Told(reason) = &rejected {
@@ -90,12 +97,12 @@ async fn serve(manager: &Manager, mut stream: TcpStream, peer: SocketAddr) {
         }
     };
     let host = HostName::from(&*hello.host);
-    let ended = session(manager, stream, peer, hello).await;
+    let ended = session(manager, stream, (peer, local), hello).await;
     tracing::info!(%host, %peer, "agent disconnected: {ended}");
 }
 
 /// The first message, checked.
-async fn greet(stream: &mut TcpStream) -> Result<AgentHello, Rejected> {
+async fn greet(stream: &mut Box<dyn ControlStream>) -> Result<AgentHello, Rejected> {
     let first = timeout(HELLO_TIMEOUT, read_frame(stream)).await.map_err(|_| Rejected::Silent)??;
     let hello = match first {
         Some(ToManager::Hello(hello)) => hello,
@@ -128,10 +135,14 @@ async fn greet(stream: &mut TcpStream) -> Result<AgentHello, Rejected> {
     Ok(hello)
 }
 
-async fn session(manager: &Manager, mut stream: TcpStream, peer: SocketAddr, hello: AgentHello) -> String {
+async fn session(
+    manager: &Manager,
+    mut stream: Box<dyn ControlStream>,
+    (peer, local): (SocketAddr, IpAddr),
+    hello: AgentHello,
+) -> String {
     let host = HostName::from(&*hello.host);
     let (out, outgoing) = mpsc::channel(MAX_OUTGOING);
-    let local = stream.local_addr().map_or(peer.ip(), |addr| addr.ip());
     let sync_addr = SocketAddr::new(hello.sync_ip.unwrap_or(peer.ip()), hello.sync_port);
     let link = NewLink { out: out.clone(), peer: peer.ip(), local, sync_addr };
     let alive_within = Duration::from_millis(manager.settings().suspect_ms);
@@ -158,7 +169,7 @@ async fn session(manager: &Manager, mut stream: TcpStream, peer: SocketAddr, hel
             let about = super::core::AgentAbout { version: hello.version, tracker: hello.tracker };
             let hello = Input::Hello { serial, event: Event::Hello { intro, records }, host: host.clone(), about };
             manager.tell(hello).await;
-            let (reader, mut writer) = stream.into_split();
+            let (reader, mut writer) = tokio::io::split(stream);
             let session = Session { manager, host: &host, serial, out };
             tokio::select! {
                 ended = session.read(reader) => ended,
@@ -181,7 +192,7 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    async fn read(&self, mut reader: OwnedReadHalf) -> String {
+    async fn read(&self, mut reader: impl AsyncRead + Unpin) -> String {
         let calls = Arc::new(Semaphore::new(MAX_CALLS));
         loop {
             let message = match timeout(IDLE_TIMEOUT, read_frame(&mut reader)).await {

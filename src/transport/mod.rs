@@ -1,4 +1,16 @@
-//! Streams between hosts: TCP with bounded waits, so that a dead peer is noticed.
+//! Streams between hosts: TLS 1.3 over TCP with bounded waits, so that a dead peer is noticed.
+//!
+//! ```text
+//! tls      who may speak with us, and as whom      stream   between agents, for two threads
+//!                                                  control  between an agent and its manager, for the runtime
+//! ```
+
+mod tls;
+
+pub mod control;
+pub mod stream;
+
+pub use tls::{PeerIdentity, PeerName, Security, TlsError};
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -10,13 +22,6 @@ use socket2::{SockRef, TcpKeepalive};
 pub const CONNECT_WITHIN: Duration = Duration::from_millis(1_000);
 /// Bytes that stay unacknowledged this long end the connection: the link or the peer is gone.
 const UNACKNOWLEDGED_FOR: Duration = Duration::from_millis(3_000);
-
-/// Opens a stream to another agent's sync port.
-pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&addr, CONNECT_WITHIN)?;
-    tune(&stream)?;
-    Ok(stream)
-}
 
 /// Sets what every stream between agents has: no delay of small messages, and an end when the peer is silent.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! A manager with its REST socket, and agents that only pretend: they speak the control protocol over real sockets and
 //! do as they are told in a table. They prove what the manager does, not what hosts do.
+#![allow(dead_code, reason = "each test uses its part")]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,6 +19,7 @@ use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions
 use virt_shadow::api::server::{self, Backend};
 use virt_shadow::api::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyReport, VerifyShadow};
 use virt_shadow::manager::{Manager, Options};
+use virt_shadow::transport::{PeerName, Security};
 
 pub const UUID: &str = "0d8f9bd2-0000-4000-8000-000000000001";
 
@@ -32,10 +34,15 @@ pub struct Daemon {
 
 impl Daemon {
     pub async fn start(dir: &Path, control: SocketAddr) -> Self {
+        Self::start_as(dir, control, Security::Plain).await
+    }
+
+    pub async fn start_as(dir: &Path, control: SocketAddr, security: Security) -> Self {
         std::fs::create_dir_all(dir).unwrap();
         let (stop, shutdown) = watch::channel(false);
         let settings = Settings { suspect_ms: 300, confirm_ms: 150, replace_after_ms: 2_000, explain_ms: 300 };
-        let options = Options { listen: control, database: dir.join("manager.sqlite"), heartbeat_ms: 50, settings };
+        let options =
+            Options { listen: control, database: dir.join("manager.sqlite"), heartbeat_ms: 50, settings, security };
         let began = Instant::now();
         let manager = loop {
             // The last one may not have let go of the file yet.
@@ -117,6 +124,8 @@ pub struct FakeAgent {
     pub name: String,
     pub table: Mutex<Table>,
     link: Mutex<Option<AgentLink>>,
+    security: Security,
+    manager_name: PeerName,
     stop: watch::Sender<bool>,
     /// Its sync port; when it accepts no more and its queue is full, the host looks dead.
     sync: socket2::Socket,
@@ -126,6 +135,16 @@ pub struct FakeAgent {
 
 impl FakeAgent {
     pub fn start(name: &str, rack: &str, manager: SocketAddr) -> Arc<Self> {
+        Self::start_as(name, rack, manager, Security::Plain, PeerName::Address(manager.ip()))
+    }
+
+    pub fn start_as(
+        name: &str,
+        rack: &str,
+        manager: SocketAddr,
+        security: Security,
+        manager_name: PeerName,
+    ) -> Arc<Self> {
         let sync = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         sync.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
         sync.listen(1).unwrap();
@@ -135,6 +154,8 @@ impl FakeAgent {
             name: name.into(),
             table: Mutex::new(Table { committed: 100, ..Table::default() }),
             link: Mutex::new(None),
+            security,
+            manager_name,
             stop,
             sync,
             fillers: Mutex::default(),
@@ -147,6 +168,8 @@ impl FakeAgent {
     pub fn connect(self: &Arc<Self>, rack: &str, manager: SocketAddr) {
         let options = LinkOptions {
             manager,
+            manager_name: self.manager_name.clone(),
+            security: self.security.clone(),
             host: self.name.clone(),
             rack: rack.into(),
             sync_port: self.sync_addr.port(),
@@ -219,6 +242,7 @@ impl AgentStatus for FakeAgent {
             domain: "web".into(),
             term: *term,
             role: *role,
+            primary: None,
             active: table.runs.contains(uuid),
         };
         table.roles.iter().map(record).collect()

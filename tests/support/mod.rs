@@ -60,8 +60,11 @@ pub struct Bed {
 impl Bed {
     /// Hosts each in a rack of its own; the guest runs, not yet protected.
     pub fn raise(name: &str, hosts: u8, shadows: u32, qemu_user: QemuUser) -> Self {
-        let options = LabOptions { hosts, racks: hosts, qemu_user, ..LabOptions::for_test(name) };
-        let lab = Lab::up(&options).unwrap();
+        Self::raise_as(&LabOptions { hosts, racks: hosts, qemu_user, ..LabOptions::for_test(name) }, shadows)
+    }
+
+    pub fn raise_as(options: &LabOptions, shadows: u32) -> Self {
+        let (hosts, lab) = (options.hosts, Lab::up(options).unwrap());
         let fleet = Fleet::of(&lab).unwrap();
         fleet.wait_hosts(hosts.into(), Duration::from_secs(30)).unwrap();
         let workload = "dirty:2000".parse().unwrap();

@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 use crate::api::control::{GuestEvent, PrimaryStatus, ShadowTarget};
 use crate::api::types::{ApiError, VerifyReport};
 use crate::config::TrackerChoice;
+use crate::transport::Security;
 
 use super::guards::GuardKeeper;
 use super::libvirt::Libvirt;
@@ -49,6 +50,7 @@ pub struct PrimarySpec {
 
 /// What a session shares with its agent.
 pub struct PrimaryContext {
+    pub security: Security,
     pub host: String,
     pub libvirt: Arc<Libvirt>,
     pub records: Arc<Records>,

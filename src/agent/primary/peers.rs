@@ -2,7 +2,7 @@
 //! again for as long as the shadow is wanted.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,8 @@ use std::time::Duration;
 use vmsync::message::{TargetBody, TargetMessage};
 use vmsync::wire::{Decoder, WireError};
 
-use crate::transport;
+use crate::transport::Security;
+use crate::transport::stream::{Closer, ReadHalf, Stream, WriteHalf};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_millis(1_000);
@@ -41,17 +42,17 @@ struct Shared {
 }
 
 struct Connection {
-    stream: TcpStream,
+    closer: Closer,
     outgoing: Sender<Arc<[u8]>>,
 }
 
 impl PeerLink {
-    pub fn start(host: &str, addr: SocketAddr, sink: PeerSink) -> std::io::Result<Self> {
+    pub fn start(security: &Security, host: &str, addr: SocketAddr, sink: PeerSink) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { wanted: AtomicBool::new(true), connection: Mutex::new(None) });
-        let (of_thread, host) = (Arc::clone(&shared), host.to_owned());
+        let (of_thread, host, security) = (Arc::clone(&shared), host.to_owned(), security.clone());
         std::thread::Builder::new()
             .name(format!("peer-{host}"))
-            .spawn(move || keep_connected(&of_thread, &host, addr, &sink))?;
+            .spawn(move || keep_connected(&of_thread, &security, &host, addr, &sink))?;
         Ok(Self { shared })
     }
 
@@ -66,7 +67,7 @@ impl PeerLink {
     /// Ends the present connection; a new one is opened.
     pub fn reset(&self) {
         if let Some(connection) = self.shared.connection().as_ref() {
-            let _ = connection.stream.shutdown(Shutdown::Both);
+            connection.closer.shutdown(Shutdown::Both);
         }
     }
 }
@@ -88,11 +89,11 @@ impl Shared {
     }
 }
 
-fn keep_connected(shared: &Arc<Shared>, host: &str, addr: SocketAddr, sink: &PeerSink) {
+fn keep_connected(shared: &Arc<Shared>, security: &Security, host: &str, addr: SocketAddr, sink: &PeerSink) {
     let mut backoff = BACKOFF_MIN;
     let mut reported = String::new();
     while shared.wanted() {
-        let reason = match transport::connect(addr) {
+        let reason = match Stream::connect(security, addr, host) {
             Ok(stream) => {
                 backoff = BACKOFF_MIN;
                 tracing::info!(host, %addr, "connected");
@@ -114,9 +115,10 @@ fn keep_connected(shared: &Arc<Shared>, host: &str, addr: SocketAddr, sink: &Pee
 }
 
 /// Serves one connection until it ends; why it ended.
-fn run_connection(shared: &Arc<Shared>, stream: TcpStream, sink: &PeerSink) -> String {
-    let (Ok(reading), Ok(writing)) = (stream.try_clone(), stream.try_clone()) else {
-        return "out of file descriptors".into();
+fn run_connection(shared: &Arc<Shared>, stream: Stream, sink: &PeerSink) -> String {
+    let (reading, writing, closer) = match stream.split(None) {
+        Ok(halves) => halves,
+        Err(error) => return format!("cannot use the connection: {error}"),
     };
     let (outgoing, queued) = channel();
     let writer_sink = Arc::clone(sink);
@@ -124,20 +126,20 @@ fn run_connection(shared: &Arc<Shared>, stream: TcpStream, sink: &PeerSink) -> S
         write_all(writing, &queued, &writer_sink);
     });
     let Ok(writer) = writer else { return "cannot start a thread".into() };
-    *shared.connection() = Some(Connection { stream, outgoing });
+    *shared.connection() = Some(Connection { closer, outgoing });
     if shared.wanted() {
         sink(PeerEvent::Connected);
     }
     let reason = read_all(reading, sink);
     // Dropping the queue's sender ends the writer; shutting the socket down ends a write that waits.
     if let Some(connection) = shared.connection().take() {
-        let _ = connection.stream.shutdown(Shutdown::Both);
+        connection.closer.shutdown(Shutdown::Both);
     }
     let _ = writer.join();
     reason
 }
 
-fn read_all(mut stream: TcpStream, sink: &PeerSink) -> String {
+fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
     let mut decoder = Decoder::<TargetBody>::new();
     let mut buffer = vec![0u8; 64 << 10];
     loop {
@@ -161,11 +163,11 @@ fn read_all(mut stream: TcpStream, sink: &PeerSink) -> String {
     }
 }
 
-fn write_all(mut stream: TcpStream, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
+fn write_all(mut stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
     while let Ok(bytes) = queued.recv() {
         if stream.write_all(&bytes).is_err() {
             // The reader tells the reason; ending the socket makes it look.
-            let _ = stream.shutdown(Shutdown::Both);
+            stream.shutdown(Shutdown::Both);
             return;
         }
         sink(PeerEvent::Written(bytes.len() as u64));

@@ -356,7 +356,7 @@ impl Session {
                 let input = Input::Peer { host: name.clone(), generation, event };
                 let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(input);
             });
-            match PeerLink::start(&host, addr, sink) {
+            match PeerLink::start(&self.context.security, &host, addr, sink) {
                 Ok(link) => drop(self.links.insert(host, Link { generation, addr, link, connected: false })),
                 Err(error) => tracing::error!(host, %error, "cannot start a connection"),
             }

@@ -14,10 +14,14 @@ use vmsync::wire::{Decoder, encode};
 
 use super::Shadows;
 use super::slot::Slot;
-use crate::transport;
+use crate::api::control::GuestRecord;
+use crate::transport::PeerIdentity;
+use crate::transport::stream::{Closer, ReadHalf, Stream, WriteHalf};
 
 /// A new connection must say whom it is for within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// A primary that takes no answer for this long loses the connection.
+const WRITE_WITHIN: Duration = Duration::from_secs(3);
 /// Messages queued towards a primary; hashes are paced by it, everything else is small.
 const QUEUED_MESSAGES: usize = 1024;
 
@@ -25,7 +29,7 @@ const QUEUED_MESSAGES: usize = 1024;
 pub(super) struct Answers {
     queue: SyncSender<Arc<[u8]>>,
     queued: Arc<AtomicUsize>,
-    stream: TcpStream,
+    closer: Closer,
 }
 
 impl Answers {
@@ -36,7 +40,7 @@ impl Answers {
             Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(_)) => {
                 tracing::warn!("a primary does not take its answers; closing the connection");
-                let _ = self.stream.shutdown(Shutdown::Both);
+                self.closer.shutdown(Shutdown::Both);
             }
         }
     }
@@ -48,18 +52,36 @@ impl Answers {
 
     /// Ends reading at once; the writer sends what is queued, then ends the stream.
     pub(super) fn close(&self) {
-        let _ = self.stream.shutdown(Shutdown::Read);
+        self.closer.shutdown(Shutdown::Read);
     }
 }
 
+/// Who is at the other end.
+struct Peer {
+    from: SocketAddr,
+    identity: PeerIdentity,
+}
+
 /// Serves one connection until it ends.
-pub(super) fn serve(shadows: &Arc<Shadows>, stream: TcpStream, from: SocketAddr, number: u64) {
+pub(super) fn serve(shadows: &Arc<Shadows>, socket: TcpStream, from: SocketAddr, number: u64) {
     let conn = ConnId(number);
-    if let Err(error) = transport::tune(&stream).and_then(|()| stream.set_write_timeout(Some(Duration::from_secs(3)))) {
-        tracing::debug!(%from, %error, "connection ended at once");
-        return;
-    }
-    let (Ok(reading), Ok(writing)) = (stream.try_clone(), stream.try_clone()) else { return };
+    let stream = match Stream::accept(&shadows.shared.security, socket) {
+        Ok(stream) => stream,
+        // A witness only wanted to know whether this host answers.
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return,
+        Err(error) => {
+            tracing::warn!(%from, %error, "sync port: no connection");
+            return;
+        }
+    };
+    let identity = stream.peer();
+    let (reading, writing, closer) = match stream.split(Some(WRITE_WITHIN)) {
+        Ok(halves) => halves,
+        Err(error) => {
+            tracing::debug!(%from, %error, "connection ended at once");
+            return;
+        }
+    };
     let (queue, received) = sync_channel(QUEUED_MESSAGES);
     let queued = Arc::new(AtomicUsize::new(0));
     let waiting = Arc::clone(&queued);
@@ -68,27 +90,28 @@ pub(super) fn serve(shadows: &Arc<Shadows>, stream: TcpStream, from: SocketAddr,
     if writer.is_err() {
         return;
     }
-    let answers = Answers { queue, queued, stream };
-    if let Some(slot) = read_all(shadows, reading, from, conn, answers) {
+    let answers = Answers { queue, queued, closer };
+    let peer = Peer { from, identity };
+    if let Some(slot) = read_all(shadows, reading, &peer, conn, answers) {
         slot.disconnected(conn);
     }
 }
 
-fn write_all(mut stream: TcpStream, received: &Receiver<Arc<[u8]>>, waiting: &AtomicUsize) {
+fn write_all(mut stream: WriteHalf, received: &Receiver<Arc<[u8]>>, waiting: &AtomicUsize) {
     while let Ok(bytes) = received.recv() {
         waiting.fetch_sub(1, Ordering::Relaxed);
         if stream.write_all(&bytes).is_err() {
             break;
         }
     }
-    let _ = stream.shutdown(Shutdown::Both);
+    stream.finish();
 }
 
 /// Reads until the end; the slot that the connection belonged to.
 fn read_all(
     shadows: &Arc<Shadows>,
-    mut stream: TcpStream,
-    from: SocketAddr,
+    mut stream: ReadHalf,
+    peer: &Peer,
     conn: ConnId,
     answers: Answers,
 ) -> Option<Arc<Slot>> {
@@ -97,7 +120,7 @@ fn read_all(
     let mut slot: Option<Arc<Slot>> = None;
     let mut answers = Some(answers);
     let greeted_by = Instant::now() + HELLO_WITHIN;
-    let _ = stream.set_read_timeout(Some(HELLO_WITHIN));
+    let _ = stream.set_timeout(Some(HELLO_WITHIN));
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return slot,
@@ -109,10 +132,10 @@ fn read_all(
             match (decoder.next(), &slot) {
                 (Ok(Some(message)), Some(slot)) => slot.received(conn, message),
                 (Ok(Some(message)), None) => {
-                    let found = find_slot(shadows, &message, from);
+                    let found = find_slot(shadows, &message, peer);
                     match (found, answers.take()) {
                         (Ok(found), Some(answers)) => {
-                            let _ = stream.set_read_timeout(None);
+                            let _ = stream.set_timeout(None);
                             found.connected(conn, answers);
                             found.received(conn, message);
                             slot = Some(found);
@@ -130,7 +153,7 @@ fn read_all(
                     return Some(Arc::clone(slot));
                 }
                 (Err(error), None) => {
-                    tracing::warn!(%from, %error, "not a primary; closing the connection");
+                    tracing::warn!(from = %peer.from, %error, "not a primary; closing the connection");
                     if let Some(answers) = answers {
                         answers.send(refusal(RefuseCode::Protocol, Term::default(), &error.to_string()));
                     }
@@ -144,21 +167,36 @@ fn read_all(
     }
 }
 
-fn find_slot(shadows: &Arc<Shadows>, message: &SourceMessage, from: SocketAddr) -> Result<Arc<Slot>, Arc<[u8]>> {
+fn find_slot(shadows: &Arc<Shadows>, message: &SourceMessage, peer: &Peer) -> Result<Arc<Slot>, Arc<[u8]>> {
     let SourceBody::Hello(hello) = &message.body else {
         return Err(refusal(RefuseCode::Protocol, message.term, "the first message must be Hello"));
     };
     let uuid = hello.guest.to_string();
+    if let Err(reason) = may_write(shadows, &uuid, message.term.get(), &hello.source_host, peer) {
+        tracing::warn!(from = %peer.from, guest = hello.domain, reason, "a shadow's stream is refused");
+        return Err(refusal(RefuseCode::Protocol, message.term, &reason));
+    }
     shadows.slot(&uuid).ok_or_else(|| {
         // A former primary must learn that the guest runs here by now, or that another term is known.
         if let Some(known) = shadows.known_term(&uuid).filter(|known| *known > message.term.get()) {
             let text = format!("{} knows term {known} of guest {}", shadows.shared.host, hello.domain);
             return refusal_knowing(RefuseCode::StaleTerm, message.term, &text, Term::new(known));
         }
-        tracing::debug!(%from, uuid, "no shadow of this guest is kept here");
+        tracing::debug!(from = %peer.from, uuid, "no shadow of this guest is kept here");
         let text = format!("{} does not keep a shadow of guest {}", shadows.shared.host, hello.domain);
         refusal(RefuseCode::UnknownGuest, message.term, &text)
     })
+}
+
+/// Only its primary's host writes a shadow, and only as itself. A stream of an older term passes: it is told so.
+fn may_write(shadows: &Shadows, uuid: &str, term: u64, host: &str, peer: &Peer) -> Result<(), String> {
+    peer.identity.speaks_for(host)?;
+    match shadows.records.get(uuid) {
+        Some(GuestRecord { primary: Some(primary), term: known, .. }) if term >= known && primary != host => {
+            Err(format!("{host} is not the primary of this guest, {primary} is"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn refusal(code: RefuseCode, term: Term, text: &str) -> Arc<[u8]> {

@@ -24,6 +24,7 @@ use super::records::Records;
 use crate::api::control::{Role, ShadowStatus};
 use crate::api::types::ApiError;
 use crate::config::Config;
+use crate::transport::Security;
 use slot::Slot;
 
 /// Sync connections served at a time; each shadow has one.
@@ -32,6 +33,7 @@ const MAX_CONNECTIONS: usize = 1024;
 /// What all slots share.
 pub(super) struct Shared {
     pub(super) host: String,
+    pub(super) security: Security,
     pub(super) run_dir: std::path::PathBuf,
     pub(super) libvirt: Arc<Libvirt>,
     /// Promoted guests that are being announced and defined.
@@ -58,11 +60,17 @@ pub struct Shadows {
 
 impl Shadows {
     /// Takes up the shadows that a former agent of this host left, and listens for primaries.
-    pub fn start(config: &Config, libvirt: Arc<Libvirt>, records: Arc<Records>) -> anyhow::Result<Arc<Self>> {
+    pub fn start(
+        config: &Config,
+        security: Security,
+        libvirt: Arc<Libvirt>,
+        records: Arc<Records>,
+    ) -> anyhow::Result<Arc<Self>> {
         let addr: SocketAddr = config.agent.sync_listen;
         let listener = listen(addr).with_context(|| format!("cannot listen at {addr} for primaries"))?;
         let shared = Arc::new(Shared {
             host: config.host.clone(),
+            security,
             run_dir: config.run_dir.clone(),
             libvirt,
             finishing: Mutex::default(),

@@ -123,13 +123,9 @@ impl Slot {
         let dir = dir_of(&self.shared.run_dir, &self.uuid);
         let Ok(state) = fs::read(dir.join("target")) else { return };
         // libvirtd may still be starting, as after a reboot.
-        let give_up_at = Instant::now() + Duration::from_secs(20);
-        let hypervisor = loop {
-            match self.shared.libvirt.get() {
-                Ok(hypervisor) => break hypervisor,
-                Err(_) if Instant::now() < give_up_at => std::thread::sleep(Duration::from_millis(50)),
-                Err(error) => return tracing::warn!(guest = self.domain, %error, "shadow not taken up"),
-            }
+        let hypervisor = match self.shared.libvirt.wait(Duration::from_secs(20)) {
+            Ok(hypervisor) => hypervisor,
+            Err(error) => return tracing::warn!(guest = self.domain, %error, "shadow not taken up"),
         };
         let mut inner = self.lock();
         if inner.shadow.is_some() {

@@ -3,16 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncWrite;
-use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedReadHalf;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, timeout};
 
-use super::{AgentStatus, ErasedHandler, MAX_COMMANDS_IN_FLIGHT, Shared};
+use super::{AgentStatus, ErasedHandler, LinkOptions, MAX_COMMANDS_IN_FLIGHT, Shared};
 use crate::api::control::{AgentHello, CONTROL_VERSION, Command, Outcome, ToAgent, ToManager};
 use crate::api::frame::{FrameError, read_frame, write_frame};
 use crate::api::types::ApiError;
+use crate::transport::control::{self, ControlStream};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -67,11 +66,12 @@ impl<S: AgentStatus> Driver<S> {
     }
 
     async fn keep_connected(&self) {
-        let manager = self.shared.options.manager;
+        let LinkOptions { manager, manager_name: name, security, .. } = &self.shared.options;
+        let manager = *manager;
         let mut wait = RETRY_FIRST;
         let mut told = false;
         loop {
-            let ended = match timeout(CONNECT_TIMEOUT, TcpStream::connect(manager)).await {
+            let ended = match timeout(CONNECT_TIMEOUT, control::connect(security, manager, name, WRITE_TIMEOUT)).await {
                 Ok(Ok(stream)) => self.session(stream).await,
                 Ok(Err(error)) => FrameError::from(error).into(),
                 Err(_) => Ended::Silent(CONNECT_TIMEOUT),
@@ -98,7 +98,7 @@ impl<S: AgentStatus> Driver<S> {
         session.calls.clear();
     }
 
-    async fn session(&self, mut stream: TcpStream) -> Ended {
+    async fn session(&self, mut stream: Box<dyn ControlStream>) -> Ended {
         let heartbeat_ms = match self.greet(&mut stream).await {
             Ok(heartbeat_ms) => heartbeat_ms,
             Err(ended) => return ended,
@@ -108,7 +108,7 @@ impl<S: AgentStatus> Driver<S> {
         self.shared.session().out = Some(out.clone());
         self.connected.send_replace(true);
         tracing::info!(manager = %self.shared.options.manager, heartbeat_ms, "connected to the manager");
-        let (reader, mut writer) = stream.into_split();
+        let (reader, mut writer) = tokio::io::split(stream);
         let beat = Duration::from_millis(heartbeat_ms);
         tokio::select! {
             ended = self.read(reader, out) => ended,
@@ -117,11 +117,7 @@ impl<S: AgentStatus> Driver<S> {
     }
 
     /// Hello and its answer. -> heartbeat_ms
-    async fn greet(&self, stream: &mut TcpStream) -> Result<u64, Ended> {
-        let socket = socket2::SockRef::from(&*stream);
-        // Best effort: without these a lost manager is noticed later.
-        let _ = socket.set_tcp_nodelay(true);
-        let _ = socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT));
+    async fn greet(&self, stream: &mut Box<dyn ControlStream>) -> Result<u64, Ended> {
         let status = self.status.clone();
         let (tracker, records) = tokio::task::spawn_blocking(move || (status.tracker(), status.records()))
             .await
@@ -148,7 +144,7 @@ impl<S: AgentStatus> Driver<S> {
         }
     }
 
-    async fn read(&self, mut reader: OwnedReadHalf, out: mpsc::Sender<ToManager>) -> Ended {
+    async fn read(&self, mut reader: impl AsyncRead + Unpin, out: mpsc::Sender<ToManager>) -> Ended {
         loop {
             match read_frame(&mut reader).await {
                 Ok(Some(ToAgent::Request { id, command })) => self.carry_out(id, command, &out),
