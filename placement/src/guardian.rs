@@ -24,7 +24,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use crate::units::{Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 mod context;
 mod failover;
@@ -179,6 +179,7 @@ pub enum Request {
         memory_mib: u64,
         shadows: u32,
         interval_ms: u64,
+        budget: Budget,
         on: Vec<HostName>,
     },
     Disable {
@@ -249,6 +250,7 @@ pub enum Order {
         domain: String,
         term: Term,
         interval_ms: u64,
+        budget: Budget,
         shadows: Vec<HostName>,
     },
     Release {

@@ -10,4 +10,4 @@ pub mod term;
 pub mod topology;
 pub mod units;
 
-pub use units::{Epoch, GuestId, HostName, Moment, Term};
+pub use units::{Budget, Epoch, GuestId, HostName, Moment, Term};

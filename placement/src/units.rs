@@ -92,3 +92,15 @@ impl Moment {
         self.us_since(earlier) / 1_000
     }
 }
+
+/// What protecting a guest may cost. 0 is no limit; without any the guest is cut at its fixed interval.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Budget {
+    /// Share of the guest's time that pauses may take, in thousandths.
+    pub pause_permille: u32,
+    /// Towards each shadow, kilobits a second.
+    pub wire_kbit: u64,
+    /// Of the processors of the primary's host, hundredths of one.
+    pub cpu_percent: u32,
+}

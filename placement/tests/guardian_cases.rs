@@ -258,6 +258,7 @@ fn requests_that_cannot_be_met_say_why() {
         memory_mib: 256,
         shadows,
         interval_ms,
+        budget: Default::default(),
         on: on.iter().copied().map(placement::HostName::from).collect(),
     };
     for (request, words) in [

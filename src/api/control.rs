@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyReport};
+use super::types::{ApiError, Budget, CaptureStats, DoctorReport, ShadowState, VerifyReport};
 
 /// Grows with every incompatible change; both sides must have the same.
 pub const CONTROL_VERSION: u32 = 1;
@@ -183,7 +183,16 @@ pub enum Command {
     /// Find a domain by name or UUID and say whether it can be protected. -> [`Done::Described`]
     Describe { domain: String },
     /// Be primary of this guest with this term and keep these shadows (replaces the former list).
-    Protect { uuid: String, domain: String, term: u64, interval_ms: u64, shadows: Vec<ShadowTarget> },
+    Protect {
+        uuid: String,
+        domain: String,
+        term: u64,
+        /// Time between cuts; with a budget, the shortest.
+        interval_ms: u64,
+        #[serde(default)]
+        budget: Budget,
+        shadows: Vec<ShadowTarget>,
+    },
     /// Stop protecting; forget the guest. The guest runs on.
     Release { uuid: String },
     /// Accept a shadow of this guest from that host. The stream brings its definition.

@@ -1,5 +1,6 @@
 //! What the REST API speaks: requests, and the views that `virt-shadow` prints. Field names are stable.
 
+pub use placement::Budget;
 use serde::{Deserialize, Serialize};
 
 /// Sent to `POST /v1/guests`: protect a running guest.
@@ -14,6 +15,9 @@ pub struct EnableRequest {
     /// Time between cuts, milliseconds.
     #[serde(default = "default_interval_ms")]
     pub interval_ms: u64,
+    /// Limits of what that may cost; with one, the interval is the shortest and grows as needed.
+    #[serde(default)]
+    pub budget: Budget,
     /// Hosts that must hold the shadows; empty: the manager chooses.
     #[serde(default)]
     pub on: Vec<String>,
@@ -55,6 +59,8 @@ pub struct GuestView {
     pub primary: HostRef,
     pub shadows_wanted: u32,
     pub interval_ms: u64,
+    #[serde(default)]
+    pub budget: Budget,
     pub memory_bytes: u64,
     #[serde(flatten)]
     pub capture: CaptureStats,
@@ -76,6 +82,12 @@ pub struct CaptureStats {
     /// Why that tracker: one sentence.
     pub tracker_reason: String,
     pub epochs_total: u64,
+    /// Time between cuts at the moment, and what keeps it from being shorter: `interval` (it is the shortest asked for),
+    /// `pause`, `wire` or `cpu`.
+    #[serde(default)]
+    pub interval_now_us: u64,
+    #[serde(default)]
+    pub paced_by: String,
     /// Cuts that the watchdog ended.
     pub watchdog_fired_total: u64,
 }

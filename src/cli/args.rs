@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::api::types::DEFAULT_INTERVAL_MS;
+use crate::api::types::{Budget, DEFAULT_INTERVAL_MS};
 use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
 
 /// Keeps shadows of running guests on other hosts, ready to go on when their host is lost.
@@ -151,10 +151,14 @@ pub struct Enable {
     /// How many shadows, each in a rack of its own; default: one, or one per --on
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub shadows: Option<u32>,
-    /// Milliseconds between two cuts
+    /// Milliseconds between two cuts; with --budget, the least
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_INTERVAL_MS,
           value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub interval: u64,
+    /// What protection may cost; the time between cuts grows as needed, to 2 s at most. One or more of pause=SHARE of the
+    /// guest's time (2%), wire=RATE towards each shadow in bits a second (500M), cpu=SHARE of a processor (50%)
+    #[arg(long, value_name = "LIMIT,...", value_parser = budget)]
+    pub budget: Option<Budget>,
     /// Host that must keep a shadow; may be repeated. The rest is chosen
     #[arg(long, value_name = "HOST")]
     pub on: Vec<String>,
@@ -189,11 +193,69 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+/// `pause=2%,wire=500M,cpu=50%`, in any order, each at most once.
+fn budget(text: &str) -> Result<Budget, String> {
+    let mut budget = Budget::default();
+    for part in text.split(',') {
+        let (name, value) =
+            part.split_once('=').ok_or_else(|| format!("{part:?} is not pause=SHARE, wire=RATE or cpu=SHARE"))?;
+        let share = |most: f64| match value.strip_suffix('%').and_then(|number| number.parse::<f64>().ok()) {
+            Some(percent) if percent > 0.0 && percent <= most => Ok(percent),
+            _ => Err(format!("{name}={value}: must be a percentage above 0% and up to {most}%")),
+        };
+        let twice = match name {
+            "pause" => std::mem::replace(&mut budget.pause_permille, (share(100.0)? * 10.0).ceil() as u32) != 0,
+            "cpu" => std::mem::replace(&mut budget.cpu_percent, share(10_000.0)?.ceil() as u32) != 0,
+            "wire" => std::mem::replace(&mut budget.wire_kbit, kilobits(value)?) != 0,
+            _ => return Err(format!("{name:?} is none of pause, wire and cpu")),
+        };
+        if twice {
+            return Err(format!("{name} is given twice"));
+        }
+    }
+    Ok(budget)
+}
+
+/// Bits a second with a unit: `800k`, `500M`, `1.5G`.
+fn kilobits(text: &str) -> Result<u64, String> {
+    let error = || format!("wire={text}: must be bits a second with a unit, from 1k to 1000G, such as 500M");
+    let (number, kilobits) = [('k', 1.0), ('M', 1e3), ('G', 1e6)]
+        .into_iter()
+        .find_map(|(unit, kilobits)| Some((text.strip_suffix(unit)?, kilobits)))
+        .ok_or_else(error)?;
+    match number.parse::<f64>() {
+        Ok(number) if (1.0..=1e9).contains(&(number * kilobits)) => Ok((number * kilobits) as u64),
+        _ => Err(error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn a_budget_is_understood_or_refused_with_the_reason() {
+        let all = Budget { pause_permille: 15, wire_kbit: 1_500_000, cpu_percent: 50 };
+        assert_eq!(budget("pause=1.5%,cpu=50%,wire=1.5G").unwrap(), all);
+        assert_eq!(budget("wire=800k").unwrap(), Budget { wire_kbit: 800, ..Budget::default() });
+        for (text, word) in [
+            ("", "is not pause"),
+            ("pause", "is not pause"),
+            ("pause=2", "percentage"),
+            ("pause=0%", "percentage"),
+            ("pause=101%", "100%"),
+            ("pause=NaN%", "percentage"),
+            ("wire=5", "500M"),
+            ("wire=infG", "500M"),
+            ("disk=5%", "none of"),
+            ("cpu=5%,cpu=6%", "twice"),
+        ] {
+            let error = budget(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn the_definitions_are_consistent() {

@@ -155,9 +155,16 @@ impl Session {
     }
 
     async fn enable(&self, wish: Enable) -> Result<()> {
-        let Enable { domain, shadows, interval, on, wait } = wish;
+        let Enable { domain, shadows, interval, budget, on, wait } = wish;
         let shadows = shadows.unwrap_or_else(|| u32::try_from(on.len()).unwrap_or(u32::MAX).max(1));
-        let request = EnableRequest { domain: domain.clone(), shadows, interval_ms: interval, on, host: None };
+        let request = EnableRequest {
+            domain: domain.clone(),
+            shadows,
+            interval_ms: interval,
+            budget: budget.unwrap_or_default(),
+            on,
+            host: None,
+        };
         let what = || format!("enable domain '{domain}'");
         let mut view: GuestView = self.client.post("/v1/guests", &request).await.failed_to(what)?;
         if let Some(seconds) = wait {

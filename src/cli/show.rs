@@ -1,7 +1,7 @@
 //! Views of the REST API as text for people.
 
 use crate::api::types::{
-    DoctorReport, EventView, GuestState, GuestView, HostState, HostView, MoveReport, ShadowState, VerifyReport,
+    Budget, DoctorReport, EventView, GuestState, GuestView, HostState, HostView, MoveReport, ShadowState, VerifyReport,
 };
 
 use super::table::{Table, bytes, fields, ms, plain, timestamp};
@@ -77,7 +77,7 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         ("Term", guest.term.to_string()),
         ("Memory", bytes(guest.memory_bytes)),
         ("Shadows", format!("{} of {} wanted", guest.shadows.len(), guest.shadows_wanted)),
-        ("Interval", format!("{} ms", guest.interval_ms)),
+        ("Interval", interval(guest)),
         ("Epoch", format!("{} ({} cut)", capture.epoch, capture.epochs_total)),
         ("Pause", {
             let pause = capture.pause_us;
@@ -103,6 +103,26 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         text.push_str(&shadows(guest, quiet));
     }
     text
+}
+
+/// With a budget: what it allows at the moment, and which of its limits keeps it from being shorter.
+fn interval(guest: &GuestView) -> String {
+    let Budget { pause_permille, wire_kbit, cpu_percent } = guest.budget;
+    let limits = [
+        (pause_permille > 0, format!("pauses {} %", f64::from(pause_permille) / 10.0)),
+        (wire_kbit > 0, format!("wire {} Mbit/s", wire_kbit as f64 / 1e3)),
+        (cpu_percent > 0, format!("processor {cpu_percent} %")),
+    ];
+    let limits: Vec<String> = limits.into_iter().filter(|(set, _)| *set).map(|(_, text)| text).collect();
+    if limits.is_empty() {
+        return format!("{} ms", guest.interval_ms);
+    }
+    let now = match (guest.capture.interval_now_us, guest.capture.paced_by.as_str()) {
+        (0, _) => String::new(),
+        (now, "interval" | "") => format!(", now {}", ms(now)),
+        (now, by) => format!(", now {} for {by}", ms(now)),
+    };
+    format!("{} ms at least{now} (budget: {})", guest.interval_ms, limits.join(", "))
 }
 
 pub fn shadows(guest: &GuestView, quiet: bool) -> String {
@@ -224,6 +244,7 @@ pub(super) mod tests {
             primary: HostRef { host: "host1".into(), rack: "rack1".into() },
             shadows_wanted: 2,
             interval_ms: 50,
+            budget: Budget::default(),
             memory_bytes: 1 << 30,
             capture: CaptureStats {
                 epoch: 77,

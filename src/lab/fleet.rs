@@ -10,7 +10,7 @@ use super::error::LabError;
 use super::{Lab, MANAGER};
 use crate::api::client::Client;
 use crate::api::types::{
-    EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest, ShadowState,
+    Budget, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest, ShadowState,
     VerifyReport,
 };
 
@@ -83,6 +83,7 @@ impl Fleet {
             domain: domain.into(),
             shadows,
             interval_ms: interval.as_millis() as u64,
+            budget: Budget::default(),
             on: Vec::new(),
             host: Some(host.into()),
         };

@@ -107,6 +107,7 @@ impl Manager {
             memory_mib: memory_bytes.div_ceil(1 << 20),
             shadows: request.shadows,
             interval_ms: request.interval_ms,
+            budget: request.budget,
             on: request.on.into_iter().map(HostName::from).collect(),
         };
         self.request(wish, DISABLE_TIMEOUT).await?;

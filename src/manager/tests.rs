@@ -37,6 +37,7 @@ fn plan(term: u64, phase: Phase) -> GuestPlan {
         primary: "h1".into(),
         shadows_wanted: 2,
         interval_ms: 50,
+        budget: Default::default(),
         memory_mib: 1024,
         on: vec!["h3".into()],
         seats: BTreeSet::from(["h2".into(), "h3".into()]),

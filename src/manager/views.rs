@@ -61,6 +61,7 @@ impl State {
             primary: self.host_ref(&plan.primary),
             shadows_wanted: plan.shadows_wanted,
             interval_ms: plan.interval_ms,
+            budget: plan.budget,
             memory_bytes: primary.map_or(plan.memory_mib << 20, |primary| primary.memory_bytes),
             capture: primary.map(|primary| primary.stats.clone()).unwrap_or_default(),
             shadows,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RequestId, Token};
 use crate::term::Role;
-use crate::units::{Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 /// A host as its agent introduces it. Saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,7 +131,10 @@ pub struct GuestPlan {
     pub term: Term,
     pub primary: HostName,
     pub shadows_wanted: u32,
+    /// Time between cuts; with a budget, the shortest.
     pub interval_ms: u64,
+    #[serde(default)]
+    pub budget: Budget,
     pub memory_mib: u64,
     /// Hosts the operator named for shadows; taken first whenever shadows are placed.
     pub on: Vec<HostName>,

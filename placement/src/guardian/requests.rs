@@ -8,7 +8,7 @@ use super::model::{Guest, GuestPlan, Leave, Live, Phase, Record};
 use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, Save, switchover, upkeep};
 use crate::term::Role;
 use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
-use crate::units::{Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 /// Bounds of the time between cuts, milliseconds.
 pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
@@ -21,6 +21,7 @@ struct Wish {
     memory_mib: u64,
     shadows: u32,
     interval_ms: u64,
+    budget: Budget,
     on: Vec<HostName>,
 }
 
@@ -31,8 +32,8 @@ impl Guardian {
             None => Err(RequestError::NotFound(format!("guest {guest} is not protected"))),
         };
         let result = match request {
-            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, on } => {
-                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, on };
+            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, budget, on } => {
+                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, on };
                 let result = self.enable(now, wish, ready);
                 ready.then.push(Action::Answer { id, result: result.map(|()| Reply::Enabled) });
                 return;
@@ -75,6 +76,7 @@ impl Guardian {
                 primary: wish.host.clone(),
                 shadows_wanted: 0,
                 interval_ms: wish.interval_ms,
+                budget: wish.budget,
                 memory_mib: wish.memory_mib,
                 on: Vec::new(),
                 seats: BTreeSet::new(),
@@ -114,6 +116,7 @@ impl Guardian {
             primary: host.clone(),
             shadows_wanted: 0,
             interval_ms: *INTERVAL_MS.end(),
+            budget: Budget::default(),
             memory_mib: 0,
             on: Vec::new(),
             seats: BTreeSet::new(),
@@ -135,6 +138,10 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     if !INTERVAL_MS.contains(&wish.interval_ms) {
         let (min, max) = (INTERVAL_MS.start(), INTERVAL_MS.end());
         return invalid(format!("interval of {} ms: must be {min} to {max}", wish.interval_ms));
+    }
+    let Budget { pause_permille, cpu_percent, .. } = wish.budget;
+    if pause_permille > 1_000 || cpu_percent > 100_000 {
+        return invalid(format!("budget of {pause_permille} thousandths and {cpu_percent} % of a processor: too much"));
     }
     let distinct: BTreeSet<_> = wish.on.iter().collect();
     if distinct.len() != wish.on.len() {
@@ -204,8 +211,8 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), Requ
     plan.shadows_wanted = wish.shadows;
     plan.memory_mib = wish.memory_mib;
     plan.on = wish.on;
-    if plan.interval_ms != wish.interval_ms {
-        plan.interval_ms = wish.interval_ms;
+    if (plan.interval_ms, plan.budget) != (wish.interval_ms, wish.budget) {
+        (plan.interval_ms, plan.budget) = (wish.interval_ms, wish.budget);
         guest.live.protect = super::Seat::Needed;
     }
     let names: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();

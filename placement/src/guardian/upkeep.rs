@@ -173,6 +173,7 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
         domain: guest.plan.domain.clone(),
         term: guest.plan.term,
         interval_ms: guest.plan.interval_ms,
+        budget: guest.plan.budget,
         shadows: ready.clone(),
     };
     let primary = guest.plan.primary.clone();
@@ -191,6 +192,7 @@ fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
         domain: guest.plan.domain.clone(),
         term: guest.plan.term,
         interval_ms: guest.plan.interval_ms,
+        budget: guest.plan.budget,
         shadows: Vec::new(),
     };
     let primary = guest.plan.primary.clone();

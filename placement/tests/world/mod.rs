@@ -302,6 +302,7 @@ impl World {
             memory_mib: 256,
             shadows,
             interval_ms: 50,
+            budget: Default::default(),
             on: Vec::new(),
         })
     }

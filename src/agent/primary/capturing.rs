@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::time::ClockId;
 use vmsync::batch::PageBatch;
 use vmsync::message::RefuseCode;
+use vmsync::pace::{Binding, Cost, Limits, Pacer};
 use vmsync::source::{
     Cut, CutPlan, PeerView, Source, SourceAlarm, SourceConfig, SourceEffect, SourceEvent, SourceLimits,
 };
@@ -24,7 +26,7 @@ use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
 use crate::agent::stats::{Dirty, Pauses, Rate};
 use crate::api::control::PrimaryStatus;
-use crate::api::types::{ApiError, CaptureStats, VerifyReport};
+use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
@@ -36,6 +38,8 @@ use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
 const ZSTD_LEVEL: i32 = 1;
 /// A paused guest changes nothing; it is still looked at this often.
 const INTERVAL_WHILE_PAUSED: Duration = Duration::from_millis(1000);
+/// With a budget that cannot be kept: an honest lag, but not without bound.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(2);
 /// The tracker gets ready in many short pauses, this far apart.
 const PREPARE_EVERY: Duration = Duration::from_millis(10);
 /// Devices that come or go are looked at this long after the last event about them: libvirt first finishes.
@@ -72,7 +76,9 @@ pub(super) struct Capturing {
     _exit: ExitWatch,
     tracker: &'static str,
     tracker_reason: String,
-    interval: Duration,
+    pacer: Pacer,
+    /// When the newest cut was told, and this thread's processor time and all bytes for the wire then.
+    last_cost: (Instant, Duration, u64),
     next_cut_at: Instant,
     /// The tracker's preparation is done.
     ready: bool,
@@ -170,7 +176,8 @@ impl Capturing {
             _exit: exit,
             tracker,
             tracker_reason,
-            interval: spec.interval,
+            pacer: Pacer::new(limits(spec.budget), spec.interval, LONGEST_INTERVAL),
+            last_cost: (now, thread_cpu(), 0),
             next_cut_at: now,
             ready: false,
             cutting_since: None,
@@ -222,8 +229,8 @@ impl Capturing {
         self.next_cut_at
     }
 
-    pub(super) fn set_interval(&mut self, interval: Duration) {
-        self.interval = interval;
+    pub(super) fn set_pace(&mut self, shortest: Duration, budget: Budget) {
+        self.pacer.set(limits(budget), shortest, LONGEST_INTERVAL);
     }
 
     /// A source has one term for its life.
@@ -257,7 +264,7 @@ impl Capturing {
     }
 
     fn cut_if_wanted(&mut self, now: Instant) {
-        let interval = if self.paused { self.interval.max(INTERVAL_WHILE_PAUSED) } else { self.interval };
+        let interval = if self.paused { INTERVAL_WHILE_PAUSED } else { Duration::ZERO }.max(self.pacer.interval());
         self.next_cut_at = (self.next_cut_at + interval).max(now);
         if !self.ready {
             self.cutting_since = Some(now);
@@ -296,7 +303,7 @@ impl Capturing {
             CutAnswer::Prepared(Ok(ready)) => {
                 self.ready = ready;
                 if !ready {
-                    self.next_cut_at = Instant::now() + self.interval.min(PREPARE_EVERY);
+                    self.next_cut_at = Instant::now() + self.pacer.interval().min(PREPARE_EVERY);
                 }
                 Ok(())
             }
@@ -354,9 +361,20 @@ impl Capturing {
             running,
         };
         self.step(SourceEvent::Cut(cut));
+        self.pace(held, scan + copy);
         if let Some(final_cut) = &mut self.final_cut {
             final_cut.was_cut(epoch);
         }
+    }
+
+    /// Tells the pacer what an epoch cost: this thread encodes, the cutter's thread scans and copies.
+    fn pace(&mut self, pause: Duration, cutting: Duration) {
+        let (now, cpu, wire) = (Instant::now(), thread_cpu(), self.source.totals().wire_bytes);
+        let (last, cpu_before, wire_before) = std::mem::replace(&mut self.last_cost, (now, cpu, wire));
+        let peers = self.source.peer_views(self.now()).len().max(1) as u64;
+        let wire_bytes = wire.saturating_sub(wire_before) / peers;
+        let cpu = cpu.saturating_sub(cpu_before) + cutting;
+        self.pacer.cut(Cost { pause, wire_bytes, cpu }, now - last);
     }
 
     fn cut_failed(&mut self, error: &CutError) {
@@ -379,7 +397,7 @@ impl Capturing {
             CutError::Tracker(_) | CutError::Memory(_) | CutError::Pipe(_) => self.trouble = Some(error.to_string()),
         }
         // Not again at once: whatever is wrong, the guest shall not be stopped for nothing 20 times a second.
-        let pause = self.interval.max(Duration::from_millis(50)) * self.failures.min(20);
+        let pause = self.pacer.interval().max(Duration::from_millis(50)) * self.failures.min(20);
         self.next_cut_at = Instant::now() + pause;
         self.problem = error.to_string();
         if self.failures >= FAILURES_IN_A_ROW && !matches!(error, CutError::Monitor(_)) {
@@ -591,6 +609,8 @@ impl Capturing {
             tracker: self.tracker.into(),
             tracker_reason: self.tracker_reason.clone(),
             epochs_total: self.before.2 + own.epochs,
+            interval_now_us: self.pacer.interval().as_micros() as u64,
+            paced_by: paced_by(self.pacer.binding()).into(),
             watchdog_fired_total: self.totals.watchdog_fired,
         };
         let now = self.now();
@@ -618,6 +638,29 @@ impl Capturing {
     pub(super) fn guest(&self) -> &str {
         &self.guest
     }
+}
+
+fn limits(budget: Budget) -> Limits {
+    let some = |value: f64| (value > 0.0).then_some(value);
+    Limits {
+        pause: some(f64::from(budget.pause_permille) / 1e3),
+        wire: some(budget.wire_kbit as f64 * 1e3 / 8.0),
+        cpu: some(f64::from(budget.cpu_percent) / 1e2),
+    }
+}
+
+fn paced_by(binding: Binding) -> &'static str {
+    match binding {
+        Binding::Interval => "interval",
+        Binding::Pause => "pause",
+        Binding::Wire => "wire",
+        Binding::Cpu => "cpu",
+    }
+}
+
+/// Processor time of this thread so far.
+fn thread_cpu() -> Duration {
+    ClockId::CLOCK_THREAD_CPUTIME_ID.now().map_or(Duration::ZERO, Duration::from)
 }
 
 /// Where effects leave what the session is to do.

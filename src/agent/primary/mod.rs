@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::api::control::{GuestEvent, PrimaryStatus, ShadowTarget};
-use crate::api::types::{ApiError, VerifyReport};
+use crate::api::types::{ApiError, Budget, VerifyReport};
 use crate::config::TrackerChoice;
 use crate::transport::Security;
 
@@ -43,6 +43,7 @@ pub struct PrimarySpec {
     pub domain: String,
     pub term: u64,
     pub interval: Duration,
+    pub budget: Budget,
     pub shadows: Vec<ShadowTarget>,
     /// Epoch that this host's copy was promoted from; numbers go on behind it.
     pub after_epoch: u64,

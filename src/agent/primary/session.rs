@@ -284,10 +284,10 @@ impl Session {
         if spec.term > self.spec.term {
             self.set_term(spec.term);
         }
-        self.spec.interval = spec.interval;
+        (self.spec.interval, self.spec.budget) = (spec.interval, spec.budget);
         self.spec.shadows = spec.shadows;
         if let Some(capturing) = &mut self.capturing {
-            capturing.set_interval(self.spec.interval);
+            capturing.set_pace(self.spec.interval, self.spec.budget);
         }
         self.sync_links();
     }
