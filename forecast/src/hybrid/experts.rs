@@ -4,14 +4,16 @@ use crate::codec::{Reader, Writer};
 use crate::error::DecodeError;
 use crate::features::{Row, View};
 use crate::history::History;
+use crate::models::ets::Ets;
 use crate::models::gbdt::{Base, Gbdt, Params};
 use crate::models::linear::Linear;
+use crate::models::lstm::{self, Lstm};
 use crate::models::naive::{Naive, Repeat};
 use crate::models::{Input, Model, Sample};
 use crate::quantiles::{LEVEL_COUNT, Quantiles};
 
 /// Number of experts.
-pub const EXPERTS: usize = 6;
+pub const EXPERTS: usize = 8;
 /// Index of the last-value forecaster.
 pub const LAST_VALUE: usize = 0;
 /// Index of the linear model, on whose medians others build.
@@ -31,11 +33,13 @@ pub struct Experts {
     linear: Linear,
     trees: Gbdt,
     linear_trees: Gbdt,
+    ets: Ets,
+    lstm: Lstm,
 }
 
 impl Experts {
     /// Experts that have learnt nothing.
-    pub fn new(horizon: usize, view: View) -> Self {
+    pub fn new(horizon: usize, season: usize, view: View) -> Self {
         let (trees, linear_trees) = (tree_params(1), tree_params(2));
         Self {
             horizon,
@@ -46,6 +50,8 @@ impl Experts {
             linear: Linear::new(horizon),
             trees: Gbdt::new(Base::Last, trees),
             linear_trees: Gbdt::new(Base::Linear, linear_trees),
+            ets: Ets::new(horizon, season),
+            lstm: Lstm::new(horizon, lstm::Params::default()),
         }
     }
 
@@ -56,7 +62,7 @@ impl Experts {
 
     /// In the order of panels and weights.
     pub fn all(&self) -> [&dyn Model; EXPERTS] {
-        [&self.last, &self.season, &self.profile, &self.linear, &self.trees, &self.linear_trees]
+        [&self.last, &self.season, &self.profile, &self.linear, &self.trees, &self.linear_trees, &self.ets, &self.lstm]
     }
 
     fn expert(&mut self, index: usize) -> &mut dyn Model {
@@ -66,7 +72,9 @@ impl Experts {
             2 => &mut self.profile,
             3 => &mut self.linear,
             4 => &mut self.trees,
-            _ => &mut self.linear_trees,
+            5 => &mut self.linear_trees,
+            6 => &mut self.ets,
+            _ => &mut self.lstm,
         }
     }
 
@@ -119,9 +127,11 @@ impl Experts {
         self.linear.encode(out);
         self.trees.encode(out);
         self.linear_trees.encode(out);
+        self.ets.encode(out);
+        self.lstm.encode(out);
     }
 
-    pub(crate) fn decode(horizon: usize, from: &mut Reader) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(horizon: usize, season: usize, from: &mut Reader) -> Result<Self, DecodeError> {
         Ok(Self {
             horizon,
             view: View::decode(from)?,
@@ -131,6 +141,8 @@ impl Experts {
             linear: Linear::decode(horizon, from)?,
             trees: Gbdt::decode(Base::Last, tree_params(1), horizon, from)?,
             linear_trees: Gbdt::decode(Base::Linear, tree_params(2), horizon, from)?,
+            ets: Ets::decode(horizon, season, from)?,
+            lstm: Lstm::decode(horizon, lstm::Params::default(), from)?,
         })
     }
 }

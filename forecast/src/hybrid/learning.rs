@@ -46,10 +46,10 @@ pub(super) struct Learning {
 impl Learning {
     /// Starts on a copy of `history`. `untaught`: weights and calibration to be taught; `old`: experts to start from.
     pub(super) fn new(history: &History, untaught: Option<Tracking>, old: Option<&Experts>) -> Self {
-        let len = history.len();
+        let (shape, len) = (history.shape(), history.len());
         let end = if untaught.is_some() { (len as f64 * JUDGED_FROM) as usize } else { len };
         let view = View::of(history, end);
-        let experts = old.map_or_else(|| Experts::new(history.shape().horizon, view), |old| old.seen_through(view));
+        let experts = old.map_or_else(|| Experts::new(shape.horizon, shape.season, view), |old| old.seen_through(view));
         let mut learning = Self {
             snapshot: history.clone(),
             experts,

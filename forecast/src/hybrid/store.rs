@@ -63,7 +63,7 @@ impl Hybrid {
         let mut from = Reader::open(bytes, MODELS)?;
         if from.u8("whether models follow")? != 0 {
             let horizon = self.history.shape().horizon;
-            let experts = Experts::decode(horizon, &mut from)?;
+            let experts = Experts::decode(horizon, self.history.shape().season, &mut from)?;
             let tracking = Tracking::decode(horizon, &mut from)?;
             (self.fits, self.due) = (from.u64("fits")?, from.u64("due")?);
             self.changes_seen = from.u64("changes")?;

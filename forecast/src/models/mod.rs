@@ -1,7 +1,9 @@
 //! Forecasters behind one small interface.
 
+pub mod ets;
 pub mod gbdt;
 pub mod linear;
+pub mod lstm;
 pub mod naive;
 mod solve;
 
