@@ -142,7 +142,7 @@ impl Lstm {
         let (streams, moments) = (self.params.streams, self.params.moments);
         let a_pass = training.length / moments;
         let pass = chunk / a_pass;
-        if chunk % a_pass == 0 {
+        if chunk.is_multiple_of(a_pass) {
             training.state = self.net.rest(streams);
         }
         // Every pass cuts elsewhere.

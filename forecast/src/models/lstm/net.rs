@@ -208,7 +208,7 @@ impl<F: NdFloat> Net<F> {
         let hidden = self.sizes.hidden;
         let rows = inputs.nrows();
         let mut d_head = d_out.dot(&self.blocks[OUT].t());
-        d_head.zip_mut_with(&trace.head, |d, &h| *d = *d * (F::one() - h * h));
+        d_head.zip_mut_with(&trace.head, |d, &h| *d *= F::one() - h * h);
         let d_seen = d_head.dot(&self.blocks[HEAD].slice_axis(ROWS, Slice::from(..hidden)).t());
         let mut d_gates: Array2<F> = Array2::zeros((rows, 4 * hidden));
         let mut d_hidden: Array2<F> = Array2::zeros((streams, hidden));
@@ -275,7 +275,7 @@ mod tests {
         let target = random(rows, SIZES.outputs, 4);
         let trace = net.forward(inputs.view(), known.view(), &mut net.rest(STREAMS));
         let gradients = net.backward(inputs.view(), &trace, &(&trace.out - &target), STREAMS);
-        for block in 0..BLOCKS {
+        for (block, gradient) in gradients.iter().enumerate() {
             let (height, width) = net.blocks[block].dim();
             for row in 0..height {
                 for column in 0..width {
@@ -285,7 +285,7 @@ mod tests {
                         loss(&moved, &inputs, &known, &target)
                     };
                     let measured = (at(1e-5) - at(-1e-5)) / 2e-5;
-                    let given = gradients[block][[row, column]];
+                    let given = gradient[[row, column]];
                     let size = measured.abs().max(given.abs()).max(1e-3);
                     assert!((measured - given).abs() < 1e-5 * size, "{block} {row} {column}: {measured} {given}");
                 }
