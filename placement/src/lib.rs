@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 pub mod guardian;
+pub mod instance;
+pub mod solver;
 pub mod term;
 pub mod topology;
 pub mod units;

@@ -1,0 +1,61 @@
+//! Chooses hosts for all shadows of an [`Instance`].
+//!
+//! ```text
+//! nothing stands yet:  greedy, zone by zone -> greedy, the rest -> annealing -> what still fits -> reasons
+//! shadows stand:       keep what may stay -> greedy for the others -> annealing of those -> what still fits -> reasons
+//! ```
+//!
+//! Deterministic: the same instance and options give the same plan on any number of workers. Budgets are in moves.
+
+use crate::instance::{Instance, Plan};
+
+mod anneal;
+mod board;
+mod candidates;
+mod finish;
+mod fresh;
+mod greedy;
+mod load;
+mod problem;
+mod rng;
+mod workers;
+
+pub use workers::{OneByOne, Task, Workers};
+
+use board::Board;
+use problem::Problem;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Moves to try, in all; none: as many as the size asks for.
+    pub moves: Option<u64>,
+    pub seed: u64,
+    pub tune: Vec<f64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { moves: None, seed: 1, tune: Vec::new() }
+    }
+}
+
+/// How far the planner is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The instance is laid out.
+    Ready,
+    /// There is a valid plan; its price in milli-points and what is left unplaced.
+    First { objective: i64, unplaced: usize },
+    Improved { objective: i64, unplaced: usize },
+    /// Nothing more fits.
+    Final { objective: i64, unplaced: usize },
+}
+
+/// Plans `instance`, which has been validated. `watch` is told of each stage as it is reached.
+pub fn solve(instance: &Instance, options: &Options, workers: &dyn Workers, watch: &mut dyn FnMut(Stage)) -> Plan {
+    let problem = Problem::new(instance);
+    let mut board = Board::new(&problem);
+    watch(Stage::Ready);
+    fresh::plan(&problem, &mut board, options, workers, watch);
+    finish::plan(&problem, &mut board, workers, watch)
+}
