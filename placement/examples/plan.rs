@@ -28,8 +28,8 @@ fn main() {
     println!("read {:.3}", t.elapsed().as_secs_f64());
     let options = Options {
         moves: get("--moves").map(|x| x.parse().unwrap()),
-        seed: get("--seed").map_or(1, |x| x.parse().unwrap()),
-        tune: get("--tune").map_or(vec![], |x| x.split(',').map(|x| x.parse().unwrap()).collect()),
+        seed: get("--seed").map_or(1, |x| x.parse().unwrap())
+
     };
     let t = Instant::now();
     let plan = solve(
@@ -40,6 +40,6 @@ fn main() {
     );
     println!("{:.3} done", t.elapsed().as_secs_f64());
     if let Some(out) = get("--out") {
-        std::fs::write(out, serde_json::to_vec(&plan).unwrap()).unwrap();
+        std::fs::write(out, serde_json::to_vec(&plan.plan).unwrap()).unwrap();
     }
 }

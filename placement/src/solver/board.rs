@@ -174,8 +174,10 @@ impl<'a> View<'a> {
         self.rack_in[(rack - self.first_rack) as usize]
     }
 
-    pub(super) fn links(&self) -> Option<&Links> {
-        self.links.as_deref()
+    /// `host` with nothing of ours on it.
+    pub(super) fn empty(&self, host: u32) -> Load {
+        let host = &self.problem.instance.hosts[self.problem.original[host as usize] as usize];
+        Load::new(host, &self.problem.balance)
     }
 
     /// Whether rules that know nothing of other shadows let `shadow` stand on `host`.
@@ -201,10 +203,10 @@ impl<'a> View<'a> {
             && round_trip_us(primary, site) <= shadow.latency_us
     }
 
-    /// Whether another copy of the guest stands too near to `host`.
-    pub(super) fn sibling_near(&self, id: u32, shadow: &Shadow, host: u32) -> bool {
+    /// Another copy of the guest that stands too near to `host`.
+    pub(super) fn sibling_near(&self, id: u32, shadow: &Shadow, host: u32) -> Option<u32> {
         let site = &self.problem.sites[host as usize];
-        self.problem.shadows_of(shadow.guest).any(|other| {
+        self.problem.shadows_of(shadow.guest).find(|&other| {
             let at = self.at(other);
             other != id && at != NONE && too_near(site, &self.problem.sites[at as usize])
         })
@@ -241,13 +243,8 @@ impl<'a> View<'a> {
         if !self.allowed(shadow, host) {
             return None;
         }
-        let load = self.load(host);
-        let change = load.adding(self.problem, shadow)?;
-        if self.sibling_near(id, shadow, host) || self.group_there(shadow, host) {
-            return None;
-        }
         let site = &self.problem.sites[host as usize];
-        let mut cost = change.cost - load.cost;
+        let mut cost = 0;
         if from == NONE || self.problem.sites[from as usize].rack != site.rack {
             let (mbit, more) = (self.rack_in(site.rack), i64::from(shadow.mbit));
             if mbit + more > self.problem.racks[site.rack as usize].in_mbit {
@@ -255,46 +252,60 @@ impl<'a> View<'a> {
             }
             cost += self.rack_cost(site.rack, mbit + more) - self.rack_cost(site.rack, mbit);
         }
+        let load = self.load(host);
+        cost += load.adding(self.problem, shadow)?.cost - load.cost;
+        if self.sibling_near(id, shadow, host).is_some() || self.group_there(shadow, host) {
+            return None;
+        }
         self.links_carry(shadow, from, site).then(|| cost + own_cost(self.problem, shadow, host))
     }
 
     /// Whether the links between rooms and regions, and those out of the primary's host and rack, carry the stream.
     fn links_carry(&self, shadow: &Shadow, from: u32, site: &Site) -> bool {
-        let problem = self.problem;
-        let more = i64::from(shadow.mbit);
-        let primary = &problem.sites[shadow.primary as usize];
+        let primary = &self.problem.sites[shadow.primary as usize];
         // A stream that merely moves leaves the primary as before; in a view of another zone all do.
-        if from == NONE && self.holds(shadow.primary) && !self.source_carries(shadow.primary, primary.rack, more) {
+        if from == NONE
+            && self.holds(shadow.primary)
+            && self.source_lack(shadow.primary, primary.rack, i64::from(shadow.mbit)) > 0
+        {
             return false;
         }
         if site.room == primary.room {
             return true;
         }
-        let Some(links) = &self.links else { return true };
-        // What the stream takes now is given back first.
-        let before = (from != NONE).then(|| &problem.sites[from as usize]);
-        let room_before = before.map(|site| site.room).filter(|&room| room != primary.room);
-        let fits = |used: i64, given_back: bool, limit: i64| used + if given_back { 0 } else { more } <= limit;
-        let (to, of) = (&problem.rooms[site.room as usize], &problem.rooms[primary.room as usize]);
-        if !fits(links.room_in[site.room as usize], room_before == Some(site.room), to.in_mbit)
-            || !fits(links.room_out[primary.room as usize], room_before.is_some(), of.out_mbit)
-        {
-            return false;
-        }
-        if site.region == primary.region {
-            return true;
-        }
-        let region_before = before.map(|site| site.region).filter(|&region| region != primary.region);
-        let (to, of) = (&problem.regions[site.region as usize], &problem.regions[primary.region as usize]);
-        fits(links.region_in[site.region as usize], region_before == Some(site.region), to.in_mbit)
-            && fits(links.region_out[primary.region as usize], region_before.is_some(), of.out_mbit)
+        let (rooms, regions) = self.between_lack(shadow, from, site);
+        rooms <= 0 && regions <= 0
     }
 
-    fn source_carries(&self, primary: u32, rack: u32, more: i64) -> bool {
+    /// Mbit/s that the links out of host `primary` and its rack lack for `more`; at most 0: they carry it.
+    pub(super) fn source_lack(&self, primary: u32, rack: u32, more: i64) -> i64 {
         let problem = self.problem;
         let host = &problem.instance.hosts[problem.original[primary as usize] as usize];
-        self.host_out[(primary - self.first_host) as usize] + more <= host.out_mbit
-            && self.rack_out[(rack - self.first_rack) as usize] + more <= problem.racks[rack as usize].out_mbit
+        let host = self.host_out[(primary - self.first_host) as usize] + more - host.out_mbit;
+        host.max(self.rack_out[(rack - self.first_rack) as usize] + more - problem.racks[rack as usize].out_mbit)
+    }
+
+    /// Mbit/s that the links between rooms, and between regions, lack for the stream of `shadow` to `site`; at most 0:
+    /// they carry it. What the stream takes now to `from` is given back first.
+    pub(super) fn between_lack(&self, shadow: &Shadow, from: u32, site: &Site) -> (i64, i64) {
+        let problem = self.problem;
+        let primary = &problem.sites[shadow.primary as usize];
+        let Some(links) = self.links.as_deref().filter(|_| site.room != primary.room) else { return (0, 0) };
+        let more = i64::from(shadow.mbit);
+        let before = (from != NONE).then(|| &problem.sites[from as usize]);
+        let lack = |used: i64, given_back: bool, limit: i64| used + if given_back { 0 } else { more } - limit;
+        let (to, of) = (&problem.rooms[site.room as usize], &problem.rooms[primary.room as usize]);
+        let room = before.map(|site| site.room).filter(|&room| room != primary.room);
+        let rooms = lack(links.room_in[site.room as usize], room == Some(site.room), to.in_mbit)
+            .max(lack(links.room_out[primary.room as usize], room.is_some(), of.out_mbit));
+        if site.region == primary.region {
+            return (rooms, 0);
+        }
+        let (to, of) = (&problem.regions[site.region as usize], &problem.regions[primary.region as usize]);
+        let region = before.map(|site| site.region).filter(|&region| region != primary.region);
+        let regions = lack(links.region_in[site.region as usize], region == Some(site.region), to.in_mbit)
+            .max(lack(links.region_out[primary.region as usize], region.is_some(), of.out_mbit));
+        (rooms, regions)
     }
 
     fn count_links(&mut self, shadow: &Shadow, host: u32, sign: i64) {

@@ -17,9 +17,12 @@ mod fresh;
 mod greedy;
 mod load;
 mod problem;
+mod refusal;
+mod replan;
 mod rng;
 mod workers;
 
+pub use refusal::{Fix, Objection, Reason, Refusal};
 pub use workers::{OneByOne, Task, Workers};
 
 use board::Board;
@@ -27,35 +30,55 @@ use problem::Problem;
 
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Moves to try, in all; none: as many as the size asks for.
+    /// Moves to try, in all. None: as many as the size asks for; 0: the first plan is the last.
     pub moves: Option<u64>,
     pub seed: u64,
-    pub tune: Vec<f64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { moves: None, seed: 1, tune: Vec::new() }
+        Self { moves: None, seed: 1 }
     }
 }
 
-/// How far the planner is.
+/// How far the planner is. `objective` is in milli-points, `unplaced` counts shadows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// The instance is laid out.
     Ready,
-    /// There is a valid plan; its price in milli-points and what is left unplaced.
+    /// There is a valid plan.
     First { objective: i64, unplaced: usize },
     Improved { objective: i64, unplaced: usize },
-    /// Nothing more fits.
-    Final { objective: i64, unplaced: usize },
+    /// Nothing more fits; reasons follow.
+    Placed { objective: i64, unplaced: usize },
+}
+
+/// A plan, and why it leaves out what it leaves out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    pub plan: Plan,
+    /// The costliest first.
+    pub refusals: Vec<Refusal>,
+    /// Milli-points.
+    pub objective: i64,
+    /// Shadows left out.
+    pub unplaced: usize,
 }
 
 /// Plans `instance`, which has been validated. `watch` is told of each stage as it is reached.
-pub fn solve(instance: &Instance, options: &Options, workers: &dyn Workers, watch: &mut dyn FnMut(Stage)) -> Plan {
+pub fn solve(
+    instance: &Instance,
+    options: &Options,
+    workers: &dyn Workers,
+    watch: &mut dyn FnMut(Stage),
+) -> Outcome {
     let problem = Problem::new(instance);
     let mut board = Board::new(&problem);
     watch(Stage::Ready);
-    fresh::plan(&problem, &mut board, options, workers, watch);
+    if instance.is_replan() {
+        replan::plan(&problem, &mut board, options, workers, watch);
+    } else {
+        fresh::plan(&problem, &mut board, options, workers, watch);
+    }
     finish::plan(&problem, &mut board, workers, watch)
 }

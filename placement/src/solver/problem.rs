@@ -61,17 +61,15 @@ pub(super) struct Site {
 }
 
 pub(super) struct Rack {
+    pub(super) hosts: Range<u32>,
     pub(super) in_mbit: i64,
     pub(super) out_mbit: i64,
 }
 
 pub(super) struct Room {
-    pub(super) region: u32,
     pub(super) hosts: Range<u32>,
     pub(super) in_mbit: i64,
     pub(super) out_mbit: i64,
-    /// Least `edge_us[1]` of its hosts.
-    pub(super) edge_us: i32,
 }
 
 pub(super) struct Region {
@@ -117,6 +115,8 @@ pub(super) struct Shadow {
     pub(super) unplaced: i64,
     pub(super) churn: i64,
     pub(super) least: i64,
+    /// What it costs where it shares nothing: about the most that a move of it can change.
+    pub(super) scale: i64,
 }
 
 /// Price of load: a convex function of the utilisation in thousandths.
@@ -173,10 +173,15 @@ impl<'a> Problem<'a> {
             rack_id[old] = new as u32;
         }
         let sites: Vec<Site> = original.iter().map(|&h| site(instance, h as usize, &rack_id)).collect();
-        let racks = rack_order
-            .iter()
-            .map(|&r| Rack { in_mbit: instance.racks[r].in_mbit, out_mbit: instance.racks[r].out_mbit })
-            .collect();
+        let rack = |&r: &usize| Rack {
+            hosts: 0..0,
+            in_mbit: instance.racks[r].in_mbit,
+            out_mbit: instance.racks[r].out_mbit,
+        };
+        let mut racks: Vec<Rack> = rack_order.iter().map(rack).collect();
+        for (host, site) in sites.iter().enumerate() {
+            widen(&mut racks[site.rack as usize].hosts, host as u32);
+        }
         let cost = &instance.params.cost;
         let mut problem = Self {
             instance,
@@ -323,6 +328,10 @@ impl<'a> Problem<'a> {
             reach: [false; 3],
             unplaced: vm.weight * (cost.unplaced_fixed + cost.unplaced_mem * vm.memory_mib) * first,
             churn: if current == NONE { 0 } else { cost.moved * vm.memory_mib },
+            scale: self.least_mem_price * if promotes { vm.memory_mib } else { mem }
+                + cost.far * far
+                + cost.cpu * if promotes { vm.cpu_milli } else { cpu }
+                + copy.mbit * dearest.copied().unwrap_or(0),
             least: self.least_mem_price * mem
                 + cost.far * far
                 + cost.cpu * cpu
@@ -400,25 +409,23 @@ fn site(instance: &Instance, host: usize, rack_id: &[u32]) -> Site {
     }
 }
 
+/// Adds `host`, which follows what is in `range`.
+fn widen(range: &mut Range<u32>, host: u32) {
+    if range.is_empty() {
+        range.start = host;
+    }
+    range.end = host + 1;
+}
+
 fn rooms(instance: &Instance, sites: &[Site]) -> Vec<Room> {
     let mut rooms: Vec<Room> = instance
         .rooms
         .iter()
-        .map(|room| Room {
-            region: room.region as u32,
-            hosts: 0..0,
-            in_mbit: room.in_mbit,
-            out_mbit: room.out_mbit,
-            edge_us: i32::MAX / 8,
-        })
+        .map(|room| Room { hosts: 0..0, in_mbit: room.in_mbit, out_mbit: room.out_mbit })
         .collect();
     for (host, site) in sites.iter().enumerate() {
         let room = &mut rooms[site.room as usize];
-        if room.hosts.is_empty() {
-            room.hosts = host as u32..host as u32;
-        }
-        room.hosts.end = host as u32 + 1;
-        room.edge_us = room.edge_us.min(site.edge_us[1]);
+        widen(&mut room.hosts, host as u32);
     }
     rooms
 }

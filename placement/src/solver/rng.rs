@@ -3,9 +3,6 @@
 pub(super) struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
     /// A stream of its own for each part of the work.
     pub(super) fn of(seed: u64, part: u64) -> Self {
         let mut rng = Self(seed ^ part.wrapping_mul(0xd134_2543_de82_ef95));

@@ -1,0 +1,225 @@
+//! Why a shadow was left out: every host counted by the first rule that bars it, and what is nearest to a remedy.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::board::View;
+use super::problem::{NONE, Shadow, round_trip_us};
+use crate::instance::{HostState, Level};
+
+/// A rule that bars a host, in the order in which they are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    Down,
+    Drain,
+    Gen,
+    Label,
+    Domain,
+    Div,
+    Latency,
+    Sibling,
+    Group,
+    Mem,
+    Far,
+    Vf,
+    Cpu,
+    BwHost,
+    BwRack,
+    BwRoom,
+    BwRegion,
+    BwSrc,
+}
+
+impl Reason {
+    /// Its name in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Down => "down",
+            Self::Drain => "drain",
+            Self::Gen => "gen",
+            Self::Label => "label",
+            Self::Domain => "domain",
+            Self::Div => "div",
+            Self::Latency => "latency",
+            Self::Sibling => "sibling",
+            Self::Group => "group",
+            Self::Mem => "mem",
+            Self::Far => "far",
+            Self::Vf => "vf",
+            Self::Cpu => "cpu",
+            Self::BwHost => "bw_host",
+            Self::BwRack => "bw_rack",
+            Self::BwRoom => "bw_room",
+            Self::BwRegion => "bw_region",
+            Self::BwSrc => "bw_src",
+        }
+    }
+
+    /// How hard it is to remedy: room is made more easily than a host, a policy changed more easily than a rack.
+    fn effort(self) -> u32 {
+        match self {
+            Self::Mem | Self::Far | Self::Vf | Self::Cpu => 1,
+            Self::BwHost | Self::BwRack | Self::BwRoom | Self::BwRegion | Self::BwSrc => 2,
+            Self::Drain => 3,
+            Self::Latency => 4,
+            Self::Down => 5,
+            Self::Label => 6,
+            Self::Group | Self::Div => 8,
+            Self::Gen => 12,
+            Self::Sibling | Self::Domain => 16,
+        }
+    }
+}
+
+/// One thing that bars a shadow from a host, and by how much: MiB, milli-vCPU, VFs, Mbit/s or microseconds; 0 where
+/// there is nothing to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Objection {
+    pub reason: Reason,
+    pub lacks: i64,
+}
+
+/// The host that is nearest to taking the shadow, and what bars it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fix {
+    pub host: usize,
+    pub objections: Vec<Objection>,
+}
+
+/// A shadow that has no host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub guest: usize,
+    pub copy: usize,
+    /// Hosts by the first reason that bars each; they sum to the number of hosts.
+    pub counts: BTreeMap<Reason, u64>,
+    /// None: no hosts at all.
+    pub fix: Option<Fix>,
+}
+
+impl fmt::Display for Objection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lacks = self.lacks;
+        match self.reason {
+            Reason::Down => f.write_str("bring it back"),
+            Reason::Drain => f.write_str("end its drain"),
+            Reason::Gen => f.write_str("give it a newer CPU or machine type"),
+            Reason::Label => f.write_str("change its labels or those the guest asks for"),
+            Reason::Domain => f.write_str("move the primary out of its rack, switch or power domain"),
+            Reason::Div => f.write_str("let the shadow be in the room or region of the primary"),
+            Reason::Latency => write!(f, "allow {lacks} us more latency"),
+            Reason::Sibling => f.write_str("move the other shadow near it"),
+            Reason::Group => f.write_str("move the guest of the same group that is there"),
+            Reason::Mem => write!(f, "free {lacks} MiB of memory"),
+            Reason::Far => write!(f, "free {lacks} MiB of far memory"),
+            Reason::Vf => write!(f, "free {lacks} VFs"),
+            Reason::Cpu => write!(f, "free {lacks} milli-vCPU"),
+            Reason::BwHost => write!(f, "free {lacks} Mbit/s into it"),
+            Reason::BwRack => write!(f, "free {lacks} Mbit/s into its rack"),
+            Reason::BwRoom => write!(f, "free {lacks} Mbit/s between the rooms"),
+            Reason::BwRegion => write!(f, "free {lacks} Mbit/s between the regions"),
+            Reason::BwSrc => write!(f, "free {lacks} Mbit/s out of the primary's host or rack"),
+        }
+    }
+}
+
+impl fmt::Display for Fix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "host {}: ", self.host)?;
+        for (i, objection) in self.objections.iter().enumerate() {
+            write!(f, "{}{objection}", if i == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+/// What bars shadow `id`, which is nowhere, from `host`; in the order of [`Reason`].
+pub(super) fn objections(view: &View<'_>, id: u32, host: u32) -> Vec<Objection> {
+    let shadow = &view.problem.shadows[id as usize];
+    let mut found = Vec::new();
+    by_site(view, shadow, host, &mut found);
+    if view.sibling_near(id, shadow, host).is_some() {
+        found.push(Objection { reason: Reason::Sibling, lacks: 0 });
+    }
+    if view.group_there(shadow, host) {
+        found.push(Objection { reason: Reason::Group, lacks: 0 });
+    }
+    by_amount(view, shadow, host, &mut found);
+    found
+}
+
+fn by_site(view: &View<'_>, shadow: &Shadow, host: u32, found: &mut Vec<Objection>) {
+    let (site, primary) = (&view.problem.sites[host as usize], &view.problem.sites[shadow.primary as usize]);
+    let same_place = match shadow.apart {
+        Level::Room => site.room == primary.room,
+        Level::Region => site.region == primary.region,
+        _ => false,
+    };
+    let near = site.rack == primary.rack || site.switch == primary.switch || site.power == primary.power;
+    let labels = site.labels & shadow.need != shadow.need || site.labels & shadow.avoid != 0;
+    // The primary's own host is no round trip away.
+    let round_trip = if host == shadow.primary { 0 } else { round_trip_us(primary, site) };
+    let late = i64::from(round_trip) - i64::from(shadow.latency_us);
+    let rules = [
+        (Reason::Down, site.state == HostState::Down, 0),
+        (Reason::Drain, site.state == HostState::Drain && shadow.current != host, 0),
+        (Reason::Gen, site.generation < shadow.generation, 0),
+        (Reason::Label, labels, 0),
+        (Reason::Domain, near, 0),
+        (Reason::Div, same_place, 0),
+        (Reason::Latency, late > 0, late),
+    ];
+    found.extend(rules.into_iter().filter(|rule| rule.1).map(|(reason, _, lacks)| Objection { reason, lacks }));
+}
+
+fn by_amount(view: &View<'_>, shadow: &Shadow, host: u32, found: &mut Vec<Objection>) {
+    let problem = view.problem;
+    let (site, primary) = (&problem.sites[host as usize], &problem.sites[shadow.primary as usize]);
+    let load = view.load(host);
+    let (used, peak) = load.with(shadow, problem.levels);
+    let rack = &problem.racks[site.rack as usize];
+    let mbit = i64::from(shadow.mbit);
+    let mut lacks = |reason: Reason, lacks: i64| {
+        if lacks > 0 {
+            found.push(Objection { reason, lacks });
+        }
+    };
+    lacks(Reason::Mem, used.mem + peak.mem - load.free.mem);
+    lacks(Reason::Far, used.far - load.free.far);
+    lacks(Reason::Vf, used.vf + peak.vf - load.free.vf);
+    lacks(Reason::Cpu, used.cpu + peak.cpu - load.free.cpu);
+    lacks(Reason::BwHost, used.mbit - load.free.mbit);
+    lacks(Reason::BwRack, view.rack_in(site.rack) + mbit - rack.in_mbit);
+    let (rooms, regions) = view.between_lack(shadow, NONE, site);
+    lacks(Reason::BwRoom, rooms);
+    lacks(Reason::BwRegion, regions);
+    lacks(Reason::BwSrc, view.source_lack(shadow.primary, primary.rack, mbit));
+}
+
+/// Explains why shadow `id`, which is nowhere and fits nowhere, does so.
+pub(super) fn explain(view: &View<'_>, id: u32) -> Refusal {
+    let problem = view.problem;
+    let shadow = &problem.shadows[id as usize];
+    let mut counts = BTreeMap::new();
+    let mut nearest: Option<((usize, u32, i64, u32), Vec<Objection>)> = None;
+    for host in view.hosts() {
+        let found = objections(view, id, host);
+        let Some(first) = found.first() else { continue };
+        *counts.entry(first.reason).or_insert(0) += 1;
+        let effort = found.iter().map(|objection| objection.reason.effort()).sum();
+        let lacks = found.iter().map(|objection| objection.lacks).sum();
+        let key = (found.len(), effort, lacks, problem.original[host as usize]);
+        if nearest.as_ref().is_none_or(|(least, _)| key < *least) {
+            nearest = Some((key, found));
+        }
+    }
+    Refusal {
+        guest: problem.guests[shadow.guest as usize] as usize,
+        copy: shadow.copy as usize,
+        counts,
+        fix: nearest.map(|(key, objections)| Fix { host: key.3 as usize, objections }),
+    }
+}
