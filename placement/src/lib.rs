@@ -5,6 +5,7 @@
 //! into what is written down first and what is said afterwards.
 #![forbid(unsafe_code)]
 
+pub mod checker;
 pub mod guardian;
 pub mod instance;
 pub mod solver;

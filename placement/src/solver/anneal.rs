@@ -229,19 +229,16 @@ impl Walk<'_, '_> {
     fn resettle(&mut self, pushed: &Pushed, from: u32, mut worse: i64, patience: i64) -> bool {
         let gone = &pushed.gone[..pushed.count];
         for (done, &(other, lost)) in gone.iter().enumerate() {
-            match self.refuge(other, from, lost) {
-                Some((price, refuge)) => {
-                    worse += price;
-                    if refuge != NONE {
-                        self.view.put(other, refuge);
-                    }
-                    let least = |&(id, _): &(u32, u32)| self.view.problem.shadows[id as usize].least;
-                    let rest: i64 = gone[done + 1..].iter().map(least).sum();
-                    if worse + rest <= patience {
-                        continue;
-                    }
+            if let Some((price, refuge)) = self.refuge(other, from, lost) {
+                worse += price;
+                if refuge != NONE {
+                    self.view.put(other, refuge);
                 }
-                None => (),
+                let least = |&(id, _): &(u32, u32)| self.view.problem.shadows[id as usize].least;
+                let rest: i64 = gone[done + 1..].iter().map(least).sum();
+                if worse + rest <= patience {
+                    continue;
+                }
             }
             for &(other, _) in &gone[..=done] {
                 self.view.take(other);

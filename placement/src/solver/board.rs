@@ -46,11 +46,8 @@ pub(super) struct View<'a> {
 impl Board {
     pub(super) fn new(problem: &Problem<'_>) -> Self {
         let instance = problem.instance;
-        let loads = problem
-            .original
-            .iter()
-            .map(|&host| Load::new(&instance.hosts[host as usize], &problem.balance))
-            .collect();
+        let loads =
+            problem.original.iter().map(|&host| Load::new(&instance.hosts[host as usize], &problem.balance)).collect();
         let (rooms, regions) = (problem.rooms.len(), problem.regions.len());
         let (hosts, racks) = (problem.sites.len(), problem.racks.len());
         let links = Links {
@@ -296,15 +293,21 @@ impl<'a> View<'a> {
         let lack = |used: i64, given_back: bool, limit: i64| used + if given_back { 0 } else { more } - limit;
         let (to, of) = (&problem.rooms[site.room as usize], &problem.rooms[primary.room as usize]);
         let room = before.map(|site| site.room).filter(|&room| room != primary.room);
-        let rooms = lack(links.room_in[site.room as usize], room == Some(site.room), to.in_mbit)
-            .max(lack(links.room_out[primary.room as usize], room.is_some(), of.out_mbit));
+        let rooms = lack(links.room_in[site.room as usize], room == Some(site.room), to.in_mbit).max(lack(
+            links.room_out[primary.room as usize],
+            room.is_some(),
+            of.out_mbit,
+        ));
         if site.region == primary.region {
             return (rooms, 0);
         }
         let (to, of) = (&problem.regions[site.region as usize], &problem.regions[primary.region as usize]);
         let region = before.map(|site| site.region).filter(|&region| region != primary.region);
-        let regions = lack(links.region_in[site.region as usize], region == Some(site.region), to.in_mbit)
-            .max(lack(links.region_out[primary.region as usize], region.is_some(), of.out_mbit));
+        let regions = lack(links.region_in[site.region as usize], region == Some(site.region), to.in_mbit).max(lack(
+            links.region_out[primary.region as usize],
+            region.is_some(),
+            of.out_mbit,
+        ));
         (rooms, regions)
     }
 

@@ -103,7 +103,7 @@ fn together(
 ) {
     let n = problem.shadows.len();
     let runs = if n <= TINY { 8 } else { 2 };
-    let moves = options.moves.unwrap_or(if n <= TINY { 3_200_000 } else { 5_000_000 }) / runs;
+    let moves = options.moves.unwrap_or(if n <= TINY { 2_500_000 } else { 4_000_000 }) / runs;
     let soft = price_of_a_shadow(problem, board);
     let start = board.snapshot();
     let short = free.iter().any(|&id| start[id as usize] == NONE);
@@ -150,7 +150,7 @@ fn by_zones(
 ) {
     const ROUNDS: u32 = 4;
     let count = free.len() as u64;
-    let moves = options.moves.unwrap_or((90 * count).min(3_500_000).max(12 * count)) / u64::from(ROUNDS);
+    let moves = options.moves.unwrap_or((80 * count).min(1_800_000).max(10 * count)) / u64::from(ROUNDS);
     let soft = price_of_a_shadow(problem, board);
     // Little time does not suffice to cool down from far.
     let hot = if moves * u64::from(ROUNDS) >= 60 * count { 0.5 } else { 0.25 } * soft;
@@ -160,7 +160,8 @@ fn by_zones(
     let zone_of = zone_of_hosts(problem);
     for round in 0..ROUNDS {
         let hot = hot * cooling.powi(round as i32);
-        let schedule = |moves| Schedule { moves, hot, cold: hot * cooling, tries: 8, pushes: 16, rescues: 32, bias: 1.0 };
+        let schedule =
+            |moves| Schedule { moves, hot, cold: hot * cooling, tries: 8, pushes: 16, rescues: 32, bias: 1.0 };
         let rng = |part: u64| Rng::of(options.seed, u64::from(3 + round) << 32 | part);
         let movable = by_zone(problem, board, free, &zone_of);
         let views: Vec<_> = board.zones(problem).into_iter().zip(movable).enumerate().collect();

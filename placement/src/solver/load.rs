@@ -136,9 +136,7 @@ impl Load {
         }
         let domains = &shadow.domains[..levels];
         let below = |sum: &DomainSum| {
-            i64::from(sum.cpu) < self.peak.cpu
-                && i64::from(sum.mem) < self.peak.mem
-                && i64::from(sum.vf) < self.peak.vf
+            i64::from(sum.cpu) < self.peak.cpu && i64::from(sum.mem) < self.peak.mem && i64::from(sum.vf) < self.peak.vf
         };
         let mut peak = Peak::default();
         let mut lowers = false;

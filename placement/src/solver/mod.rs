@@ -47,10 +47,19 @@ pub enum Stage {
     /// The instance is laid out.
     Ready,
     /// There is a valid plan.
-    First { objective: i64, unplaced: usize },
-    Improved { objective: i64, unplaced: usize },
+    First {
+        objective: i64,
+        unplaced: usize,
+    },
+    Improved {
+        objective: i64,
+        unplaced: usize,
+    },
     /// Nothing more fits; reasons follow.
-    Placed { objective: i64, unplaced: usize },
+    Placed {
+        objective: i64,
+        unplaced: usize,
+    },
 }
 
 /// A plan, and why it leaves out what it leaves out.
@@ -66,12 +75,7 @@ pub struct Outcome {
 }
 
 /// Plans `instance`, which has been validated. `watch` is told of each stage as it is reached.
-pub fn solve(
-    instance: &Instance,
-    options: &Options,
-    workers: &dyn Workers,
-    watch: &mut dyn FnMut(Stage),
-) -> Outcome {
+pub fn solve(instance: &Instance, options: &Options, workers: &dyn Workers, watch: &mut dyn FnMut(Stage)) -> Outcome {
     let problem = Problem::new(instance);
     let mut board = Board::new(&problem);
     watch(Stage::Ready);

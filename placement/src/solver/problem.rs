@@ -78,6 +78,7 @@ pub(super) struct Region {
     pub(super) out_mbit: i64,
 }
 
+#[derive(Default)]
 pub(super) struct Zone {
     pub(super) hosts: Range<u32>,
     pub(super) racks: Range<u32>,
@@ -173,11 +174,8 @@ impl<'a> Problem<'a> {
             rack_id[old] = new as u32;
         }
         let sites: Vec<Site> = original.iter().map(|&h| site(instance, h as usize, &rack_id)).collect();
-        let rack = |&r: &usize| Rack {
-            hosts: 0..0,
-            in_mbit: instance.racks[r].in_mbit,
-            out_mbit: instance.racks[r].out_mbit,
-        };
+        let rack =
+            |&r: &usize| Rack { hosts: 0..0, in_mbit: instance.racks[r].in_mbit, out_mbit: instance.racks[r].out_mbit };
         let mut racks: Vec<Rack> = rack_order.iter().map(rack).collect();
         for (host, site) in sites.iter().enumerate() {
             widen(&mut racks[site.rack as usize].hosts, host as u32);
@@ -257,7 +255,8 @@ impl<'a> Problem<'a> {
             let whole = (shadow.mem + shadow.more_mem, shadow.cpu + shadow.more_cpu);
             (room, shadow.copy, Reverse((shadow.more_mem, shadow.more_cpu)), Reverse(whole))
         };
-        let mut by_size: Vec<_> = (0..self.shadows.len() as u32).map(|id| (key(&self.shadows[id as usize]), id)).collect();
+        let mut by_size: Vec<_> =
+            (0..self.shadows.len() as u32).map(|id| (key(&self.shadows[id as usize]), id)).collect();
         by_size.sort_unstable();
         self.by_size = by_size.into_iter().map(|(_, id)| id).collect();
         self.size_rank = vec![0; self.by_size.len()];
@@ -303,7 +302,8 @@ impl<'a> Problem<'a> {
             _ => NONE,
         };
         let first = if promotes { cost.unplaced_first } else { 1 };
-        let dearest = if matches!(copy.apart, Level::Rack) { self.net.iter().min() } else { self.net[1..].iter().min() };
+        let dearest =
+            if matches!(copy.apart, Level::Rack) { self.net.iter().min() } else { self.net[1..].iter().min() };
         Shadow {
             guest: guest as u32,
             copy: k as u32,
@@ -411,7 +411,7 @@ fn site(instance: &Instance, host: usize, rack_id: &[u32]) -> Site {
 
 /// Adds `host`, which follows what is in `range`.
 fn widen(range: &mut Range<u32>, host: u32) {
-    if range.is_empty() {
+    if range.start == range.end {
         range.start = host;
     }
     range.end = host + 1;
@@ -467,17 +467,12 @@ fn zones_of_rooms(instance: &Instance) -> Vec<usize> {
 fn zones(instance: &Instance, zone_of_room: &[usize], sites: &[Site], rack_order: &[usize]) -> Vec<Zone> {
     let mut zones: BTreeMap<usize, Zone> = BTreeMap::new();
     for (host, site) in sites.iter().enumerate() {
-        let host = host as u32;
-        let zone = zones
-            .entry(zone_of_room[site.room as usize])
-            .or_insert(Zone { hosts: host..host, racks: u32::MAX..0 });
-        zone.hosts.end = host + 1;
+        let zone = zones.entry(zone_of_room[site.room as usize]).or_default();
+        widen(&mut zone.hosts, host as u32);
     }
     for (rack, &old) in rack_order.iter().enumerate() {
-        let rack = rack as u32;
         if let Some(zone) = zones.get_mut(&zone_of_room[instance.racks[old].room]) {
-            zone.racks.start = zone.racks.start.min(rack);
-            zone.racks.end = rack + 1;
+            widen(&mut zone.racks, rack as u32);
         }
     }
     zones.into_values().collect()

@@ -204,22 +204,22 @@ pub(super) fn explain(view: &View<'_>, id: u32) -> Refusal {
     let problem = view.problem;
     let shadow = &problem.shadows[id as usize];
     let mut counts = BTreeMap::new();
-    let mut nearest: Option<((usize, u32, i64, u32), Vec<Objection>)> = None;
+    let mut nearest = None;
     for host in view.hosts() {
         let found = objections(view, id, host);
         let Some(first) = found.first() else { continue };
         *counts.entry(first.reason).or_insert(0) += 1;
-        let effort = found.iter().map(|objection| objection.reason.effort()).sum();
-        let lacks = found.iter().map(|objection| objection.lacks).sum();
-        let key = (found.len(), effort, lacks, problem.original[host as usize]);
-        if nearest.as_ref().is_none_or(|(least, _)| key < *least) {
-            nearest = Some((key, found));
+        let effort: u32 = found.iter().map(|objection| objection.reason.effort()).sum();
+        let lacks: i64 = found.iter().map(|objection| objection.lacks).sum();
+        let distance = (found.len(), effort, lacks, problem.original[host as usize]);
+        if nearest.as_ref().is_none_or(|(least, _)| distance < *least) {
+            nearest = Some((distance, found));
         }
     }
     Refusal {
         guest: problem.guests[shadow.guest as usize] as usize,
         copy: shadow.copy as usize,
         counts,
-        fix: nearest.map(|(key, objections)| Fix { host: key.3 as usize, objections }),
+        fix: nearest.map(|((.., host), objections)| Fix { host: host as usize, objections }),
     }
 }

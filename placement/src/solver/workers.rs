@@ -24,9 +24,10 @@ impl Workers for OneByOne {
 pub(super) fn map<T: Send, R: Send>(workers: &dyn Workers, items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
     let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
     let work = &work;
-    let tasks = items.into_iter().zip(&mut results).map(|(item, result)| -> Task<'_> {
-        Box::new(move || *result = Some(work(item)))
-    });
+    let tasks = items
+        .into_iter()
+        .zip(&mut results)
+        .map(|(item, result)| -> Task<'_> { Box::new(move || *result = Some(work(item))) });
     workers.run(tasks.collect());
     results.into_iter().flatten().collect()
 }
