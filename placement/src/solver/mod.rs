@@ -20,6 +20,7 @@ mod problem;
 mod refusal;
 mod replan;
 mod rng;
+mod stay;
 mod workers;
 
 pub use refusal::{Fix, Objection, Reason, Refusal};

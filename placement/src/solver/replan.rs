@@ -3,14 +3,11 @@
 
 use super::anneal::{Schedule, anneal};
 use super::board::{Board, View};
-use super::load::Load;
 use super::problem::{NONE, Problem};
 use super::rng::Rng;
-use super::{Options, Stage, Workers, fresh, greedy};
+use super::{Options, Stage, Workers, fresh, greedy, stay};
 
 const TRIES: u32 = 64;
-/// Most evictions from one host of which all combinations are tried.
-const MAX_CHOICE: usize = 3;
 
 pub(super) fn plan(
     problem: &Problem<'_>,
@@ -64,84 +61,27 @@ fn keep(view: &mut View<'_>) {
     }
 }
 
-/// Evicts others from `host` if then more of `refused` can stay, or if less memory has to move.
+/// Chooses anew who stays on `host`: as many as possible of those that stand there and of `refused`.
 fn exchange(view: &mut View<'_>, host: u32, refused: &[u32]) {
-    let problem = view.problem;
-    let mut all = view.load(host).shadows.clone();
+    let kept = view.load(host).shadows.clone();
+    let mut all = [&kept[..], refused].concat();
     all.sort_unstable();
-    let kept = all.clone();
-    all.extend(refused);
-    let churn = |id: u32| problem.shadows[id as usize].churn;
-    let mut choice = Choice { problem, empty: view.empty(host), all: &all, best: None };
-    let now: i64 = refused.iter().map(|&id| churn(id)).sum();
-    for evictions in 1..=refused.len().min(MAX_CHOICE) {
-        choice.search(&mut Vec::new(), 0, evictions, 0);
-        if choice.best.is_some() {
-            break;
-        }
-    }
-    let Some((cost, evicted)) = choice.best else { return };
-    if evicted.len() == refused.len() && cost >= now {
+    let stay = stay::choose(view.problem, view.empty(host), &all);
+    let moved = |ids: &[u32], stays: bool| -> Vec<u32> {
+        ids.iter().copied().filter(|id| stay.binary_search(id).is_ok() == stays).collect()
+    };
+    let (leave, come) = (moved(&kept, false), moved(refused, true));
+    if come.is_empty() {
         return;
     }
-    for &id in &kept {
-        if evicted.contains(&id) {
-            view.take(id);
-        }
+    for &id in &leave {
+        view.take(id);
     }
-    for &id in refused {
-        // Links and siblings may still forbid it: then it has to move, as before.
-        if !evicted.contains(&id) && view.price(id, NONE, host).is_some() {
+    // Links, siblings and groups may forbid that one comes, and leave room for one that has left.
+    for id in come.into_iter().chain(leave) {
+        if view.price(id, NONE, host).is_some() {
             view.put(id, host);
         }
-    }
-    for &id in &kept {
-        if view.at(id) == NONE && view.price(id, NONE, host).is_some() {
-            view.put(id, host);
-        }
-    }
-}
-
-struct Choice<'c, 'a> {
-    problem: &'c Problem<'a>,
-    empty: Load,
-    all: &'c [u32],
-    /// Memory moved, as its price, and who is evicted.
-    best: Option<(i64, Vec<u32>)>,
-}
-
-impl Choice<'_, '_> {
-    /// Tries all sets of `more` further evictions from `all[from..]`.
-    fn search(&mut self, evicted: &mut Vec<u32>, from: usize, more: usize, cost: i64) {
-        if self.best.as_ref().is_some_and(|(least, _)| cost >= *least) {
-            return;
-        }
-        if more == 0 {
-            if self.fits_without(evicted) {
-                self.best = Some((cost, evicted.clone()));
-            }
-            return;
-        }
-        for at in from..self.all.len() {
-            let id = self.all[at];
-            evicted.push(id);
-            self.search(evicted, at + 1, more - 1, cost + self.problem.shadows[id as usize].churn);
-            evicted.pop();
-        }
-    }
-
-    fn fits_without(&self, evicted: &[u32]) -> bool {
-        let mut load = self.empty.clone();
-        self.all.iter().filter(|id| !evicted.contains(id)).all(|&id| {
-            let shadow = &self.problem.shadows[id as usize];
-            match load.adding(self.problem, shadow) {
-                Some(change) => {
-                    load.add(self.problem, id, shadow, change);
-                    true
-                }
-                None => false,
-            }
-        })
     }
 }
 
