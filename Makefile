@@ -34,7 +34,7 @@ lint: setup
 # The tests with real hosts share two cores: two at a time.
 test: lint
 	@$(CARGO) build --locked --bins
-	@$(CARGO) test --locked --workspace -- --test-threads=$(or $(TEST_THREADS),2)
+	@$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=$(or $(TEST_THREADS),2)
 
 bench: build
 	@$(BIN)/virt-shadow-lab bench $(BENCH) $(if $(FORMAT),--format $(FORMAT))
