@@ -95,14 +95,15 @@ enum LabCommand {
         /// Host to start it on
         #[arg(long, value_name = "H")]
         host: String,
-        /// Memory in MiB
-        #[arg(long, default_value_t = 256, value_name = "MIB")]
-        memory: u32,
+        /// Memory in MiB; 256 if not given, 1024 with redis, postgres or gcc
+        #[arg(long, value_name = "MIB")]
+        memory: Option<u32>,
         /// Virtual CPUs
         #[arg(long, default_value_t = 1, value_name = "N")]
         cpus: u32,
-        /// What it does: idle, counter (CPU), dirty:RATE (pages/s written and checked), random:RATE (the same,
-        /// incompressible), busy[:RATE] (counter and dirty); a region other than 64 MiB: dirty:RATE:MIB
+        /// What it does: idle, counter (CPU), dirty:RATE (pages/s written and checked), random[:RATE] (the
+        /// same, incompressible), busy[:RATE] (counter and dirty); a region other than 64 MiB: dirty:RATE:MIB. Or real
+        /// software under load: redis, postgres, gcc (packages are downloaded the first time)
         #[arg(long, default_value = "idle", value_name = "WORKLOAD")]
         workload: Workload,
         /// Machine type
@@ -161,7 +162,11 @@ enum LabCommand {
     },
     /// Make the guests' kernel and initramfs, or find them in the cache
     #[command(hide = true)]
-    Image,
+    Image {
+        /// For this workload
+        #[arg(default_value = "idle", value_name = "WORKLOAD")]
+        workload: Workload,
+    },
     /// First process of a node
     #[command(hide = true)]
     NodeInit { spec: PathBuf },
@@ -197,7 +202,7 @@ impl Cli {
             LabCommand::CutLink { node } => format!("cut the link of {node}"),
             LabCommand::HealLink { node } => format!("heal the link of {node}"),
             LabCommand::Exec { node, .. } => format!("run a command on {node}"),
-            LabCommand::Image => "make the guests' image".into(),
+            LabCommand::Image { workload } => format!("make the image of guests that do {workload}"),
             LabCommand::NodeInit { .. } => "run a node".into(),
         }
     }
@@ -249,8 +254,9 @@ impl Cli {
                 print(json, &status, || status.to_text());
             }
             LabCommand::Guest { guest, host, memory, cpus, workload, machine, backing, transient, no_wait } => {
+                let memory_mib = memory.unwrap_or_else(|| workload.default_memory_mib());
                 let options =
-                    GuestOptions { name: guest, host, memory_mib: memory, cpus, workload, machine, backing, transient };
+                    GuestOptions { name: guest, host, memory_mib, cpus, workload, machine, backing, transient };
                 let mut lab = open()?;
                 lab.verbose = true;
                 let started = lab.guest(&options, !no_wait)?;
@@ -300,8 +306,8 @@ impl Cli {
                 let error = open()?.command(&node, program)?.args(args).exec();
                 return Err(LabError::system("run nsenter")(error));
             }
-            LabCommand::Image => {
-                let image = image::ensure(&|line| eprintln!("{line}"))?;
+            LabCommand::Image { workload } => {
+                let image = image::ensure(workload.software(), &|line| eprintln!("{line}"))?;
                 print(json, &image, || format!("{}\n{}\n", image.kernel.display(), image.initrd.display()));
             }
             LabCommand::NodeInit { spec } => match init::run(&spec)? {},

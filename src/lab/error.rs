@@ -24,6 +24,11 @@ pub enum LabError {
     System { action: String, source: std::io::Error },
     #[error("{path}: {reason}")]
     Corrupt { path: PathBuf, reason: String },
+    #[error(
+        "packages {packages} cannot be downloaded: {reason}; refresh the package lists (apt-get update), and see that \
+         this machine reaches its package sources"
+    )]
+    Packages { packages: String, reason: String },
     #[error("certificates of the lab: {0}")]
     Pki(String),
     /// The running product did not do what it should.

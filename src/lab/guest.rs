@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::error::{LabError, Result};
 use super::host::CONSOLE_DIR;
-use super::image::GuestImage;
+use super::image::{GuestImage, Software};
 use super::namespace::HOST_BRIDGE;
 use super::state::{GuestState, LabState, NET_PREFIX_LEN, guest_ip};
 
@@ -18,6 +18,9 @@ const CPUS_MAX: u32 = 16;
 const RATE_MAX: u64 = 1_000_000;
 /// What kernel, busybox and workload need beside the workload's region.
 const SYSTEM_MIB: u32 = 80;
+const MEMORY_DEFAULT_MIB: u32 = 256;
+/// For packages unpacked in memory, what they work on, and room.
+const SOFTWARE_MIB: u32 = 1024;
 const REGION_DEFAULT_MIB: u32 = 64;
 const GUESTS_MAX: u16 = 4096;
 /// Root ports beyond those of the guest's own devices, for NICs to hot-plug. Each costs loading time of a shadow.
@@ -38,16 +41,32 @@ pub enum Backing {
     Memfd,
 }
 
-/// What the guest does; written `idle`, `counter`, `busy[:RATE[:MIB]]`, `dirty:RATE[:MIB]`, `random:RATE[:MIB]`.
+/// What the guest does; written `idle`, `counter`, `busy[:RATE[:MIB]]`, `dirty:RATE[:MIB]`, `random[:RATE[:MIB]]`, or
+/// the name of a [`Software`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
     text: String,
     region_mib: u32,
+    software: Option<Software>,
 }
 
 impl Workload {
     pub fn idle() -> Self {
-        Self { text: "idle".into(), region_mib: 0 }
+        Self { text: "idle".into(), region_mib: 0, software: None }
+    }
+
+    /// What its guest's image is made of besides the lab's own workload.
+    pub fn software(&self) -> Option<Software> {
+        self.software
+    }
+
+    /// Memory of a guest that was not told another size.
+    pub fn default_memory_mib(&self) -> u32 {
+        if self.software.is_some() { SOFTWARE_MIB } else { MEMORY_DEFAULT_MIB }
+    }
+
+    fn needed_mib(&self) -> u32 {
+        if self.software.is_some() { SOFTWARE_MIB } else { self.region_mib.saturating_add(SYSTEM_MIB) }
     }
 }
 
@@ -61,15 +80,17 @@ impl FromStr for Workload {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const FORMS: &str = "one of idle, counter, busy[:RATE[:MIB]], dirty:RATE[:MIB], random:RATE[:MIB]";
+        const FORMS: &str = "one of idle, counter, busy[:RATE[:MIB]], dirty:RATE[:MIB], random[:RATE[:MIB]], redis, \
+                             postgres, gcc";
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
         let numbers: Vec<u64> = parts.map(|p| p.parse().map_err(|_| FORMS.to_owned())).collect::<Result<_, _>>()?;
+        let software = Software::from_name(name);
         let fits = match name {
             "idle" | "counter" => numbers.is_empty(),
-            "busy" => numbers.len() <= 2,
-            "dirty" | "random" => (1..=2).contains(&numbers.len()),
-            _ => false,
+            "busy" | "random" => numbers.len() <= 2,
+            "dirty" => (1..=2).contains(&numbers.len()),
+            _ => software.is_some() && numbers.is_empty(),
         };
         if !fits {
             return Err(FORMS.into());
@@ -79,10 +100,11 @@ impl FromStr for Workload {
         }
         let region_mib = match (name, numbers.get(1)) {
             ("idle" | "counter", _) => 0,
+            _ if software.is_some() => 0,
             (_, None) => REGION_DEFAULT_MIB,
             (_, Some(mib)) => u32::try_from(*mib).ok().filter(|m| (1..=MEMORY_MAX_MIB).contains(m)).ok_or(FORMS)?,
         };
-        Ok(Self { text: text.into(), region_mib })
+        Ok(Self { text: text.into(), region_mib, software })
     }
 }
 
@@ -105,7 +127,7 @@ impl GuestOptions {
         Self {
             name: name.into(),
             host: host.into(),
-            memory_mib: 256,
+            memory_mib: MEMORY_DEFAULT_MIB,
             cpus: 1,
             workload: Workload::idle(),
             machine: Machine::Q35,
@@ -130,7 +152,7 @@ impl GuestOptions {
         if !(1..=CPUS_MAX).contains(&self.cpus) {
             return invalid("cpus", self.cpus.to_string(), format!("a lab guest has 1 to {CPUS_MAX}"));
         }
-        let needed = self.workload.region_mib.saturating_add(SYSTEM_MIB);
+        let needed = self.workload.needed_mib();
         if needed > self.memory_mib {
             let reason = format!("needs a guest of {needed} MiB or more, not {}", self.memory_mib);
             return invalid("workload", self.workload.to_string(), reason);
@@ -244,12 +266,23 @@ mod tests {
 
     #[test]
     fn workloads_are_parsed_as_the_guest_does() {
-        for good in ["idle", "counter", "busy", "busy:100", "busy:100:32", "dirty:4000", "random:10:16"] {
+        for good in
+            ["idle", "counter", "busy", "busy:100", "busy:100:32", "dirty:4000", "random", "random:10:16", "redis"]
+        {
             assert_eq!(good.parse::<Workload>().unwrap().to_string(), good);
         }
-        for bad in
-            ["", "dirty", "idle:1", "dirty:x", "dirty:1:2:3", "random:1:0", "dirty:9999999", "nothing", "dirty: 4"]
-        {
+        for bad in [
+            "",
+            "dirty",
+            "idle:1",
+            "dirty:x",
+            "dirty:1:2:3",
+            "random:1:0",
+            "dirty:9999999",
+            "nothing",
+            "dirty: 4",
+            "gcc:1",
+        ] {
             assert!(bad.parse::<Workload>().is_err(), "{bad:?}");
         }
     }
@@ -261,6 +294,10 @@ mod tests {
         options.workload = "dirty:100:64".parse().unwrap();
         assert!(options.check().unwrap_err().to_string().contains("144 MiB"));
         options.workload = "dirty:100:32".parse().unwrap();
+        options.check().unwrap();
+        options.workload = "postgres".parse().unwrap();
+        assert!(options.check().unwrap_err().to_string().contains("1024 MiB"));
+        options.memory_mib = options.workload.default_memory_mib();
         options.check().unwrap();
     }
 

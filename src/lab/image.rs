@@ -1,6 +1,21 @@
-//! The guests' kernel and initramfs: Debian's kernel for clouds, busybox, and our workload; made once, then cached.
+//! The guests' kernel and initramfs: Debian's kernel for clouds, busybox, our workload, and for real workloads what these
+//! need out of Debian's packages; made once, then cached.
+//!
+//! ```text
+//! kernel/                vmlinuz, release, modules/NAME.ko
+//! image-HASH/            initrd: busybox, init, workload, modules
+//!   initrd-NAME-HASH     the same behind the archive of a software (the kernel unpacks one after the other)
+//! software-NAME-HASH/    archive.cpio: what its recipe takes out of the packages
+//! ```
+
+mod cpio;
+mod packages;
+mod software;
+mod tree;
 
 use std::fs::{self, File};
+use std::io::{self, BufWriter};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,6 +25,9 @@ use xxhash_rust::xxh3::Xxh3;
 use super::error::{LabError, Result};
 use super::process::run;
 use super::state::CACHE_ROOT;
+use cpio::{Cpio, Kind};
+pub use software::Software;
+use software::{DATABASE_UID, Recipe};
 
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// In the order in which they can be loaded; what a kernel has built in is left out.
@@ -25,6 +43,10 @@ const MODULES: [&str; 9] = [
     "virtio_net",
 ];
 const WORKLOAD_SOURCE: &str = include_str!("../../fixtures/guest/workload.rs");
+/// Of making a guest's data: many times what it takes on a busy machine.
+const PREPARE_TIMEOUT_S: &str = "300";
+/// Grows with every change of what is made out of a recipe, so that older archives are not taken for its own.
+const RECIPES_VERSION: u32 = 1;
 const INIT_SCRIPT: &str = include_str!("../../fixtures/guest/init");
 
 /// Files to boot a guest from; they stay where they are.
@@ -34,15 +56,51 @@ pub struct GuestImage {
     pub initrd: PathBuf,
 }
 
-/// Finds the image in the cache, or makes it (20 s and one download the first time).
-pub fn ensure(progress: &dyn Fn(&str)) -> Result<GuestImage> {
+/// Finds the image in the cache, or makes it (20 s and one download the first time; with software one more).
+pub fn ensure(software: Option<Software>, progress: &dyn Fn(&str)) -> Result<GuestImage> {
     let cache = Path::new(CACHE_ROOT);
-    fs::create_dir_all(cache).map_err(LabError::io("create", cache))?;
-    let lock_path = cache.join("lock");
-    let lock = File::create(&lock_path).map_err(LabError::io("create", &lock_path))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| LabError::io("lock", &lock_path)(errno.into()))?;
+    let base = ensure_base(cache, progress)?;
+    let Some(software) = software else { return Ok(base) };
+    // A lock of its own: guests without software need not wait for a download.
+    let _lock = lock(cache, &format!("lock-{software}"))?;
+    let recipe = software.recipe();
+    let mut hash = Xxh3::new();
+    hash.update(format!("{RECIPES_VERSION} {recipe:?}").as_bytes());
+    let named = format!("{software}-{:032x}", hash.digest128());
+    let archive_dir = cache.join(format!("software-{named}"));
+    if !archive_dir.is_dir() {
+        progress(&format!("making the {software} guest out of packages (once; half a minute and a download)"));
+        let say = |line: &str| progress(&format!("{software}: {line}"));
+        in_scratch(&archive_dir, |dir| make_software(dir, recipe, &say))?;
+    }
+    let initrd = base.initrd.with_file_name(format!("initrd-{named}"));
+    if !initrd.is_file() {
+        let part = initrd.with_extension("part");
+        join(&[&archive_dir.join("archive.cpio"), &base.initrd], &part)
+            .and_then(|()| fs::rename(&part, &initrd))
+            .map_err(LabError::io("write", &initrd))?;
+    }
+    Ok(GuestImage { initrd, ..base })
+}
 
+fn lock(cache: &Path, name: &str) -> Result<Flock<File>> {
+    fs::create_dir_all(cache).map_err(LabError::io("create", cache))?;
+    let path = cache.join(name);
+    let file = File::create(&path).map_err(LabError::io("create", &path))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| LabError::io("lock", &path)(errno.into()))
+}
+
+/// Writes files one after the other into a new one.
+fn join(parts: &[&Path], target: &Path) -> io::Result<()> {
+    let mut out = File::create(target)?;
+    for part in parts {
+        io::copy(&mut File::open(part)?, &mut out)?;
+    }
+    out.sync_all()
+}
+
+fn ensure_base(cache: &Path, progress: &dyn Fn(&str)) -> Result<GuestImage> {
+    let _lock = lock(cache, "lock")?;
     let kernel_dir = cache.join("kernel");
     if !kernel_dir.is_dir() {
         progress("downloading the guests' kernel");
@@ -154,78 +212,88 @@ fn build_initrd(dir: &Path, kernel_dir: &Path, busybox: &[u8]) -> Result<()> {
         .args(["-C", "strip=symbols", "-o"])
         .args([&workload, &source]))?;
 
-    let mut archive = Cpio::default();
-    for name in ["bin", "dev", "modules", "proc", "sys"] {
-        archive.entry(name, 0o040_755, (0, 0), &[]);
-    }
-    archive.entry("dev/console", 0o020_600, (5, 1), &[]);
-    archive.entry("init", 0o100_755, (0, 0), INIT_SCRIPT.as_bytes());
-    archive.entry("bin/busybox", 0o100_755, (0, 0), busybox);
-    archive.entry("workload", 0o100_755, (0, 0), &read(&workload)?);
-    let mut order = String::new();
-    for name in MODULES.map(|m| format!("{m}.ko")) {
-        let path = kernel_dir.join("modules").join(&name);
-        if path.is_file() {
-            archive.entry(&format!("modules/{name}"), 0o100_644, (0, 0), &read(&path)?);
-            order += &format!("{name}\n");
-        }
-    }
-    archive.entry("modules/order", 0o100_644, (0, 0), order.as_bytes());
     let path = dir.join("initrd");
-    fs::write(&path, archive.finish()).map_err(LabError::io("write", &path))
-}
-
-/// Writer of the "newc" archives that the kernel unpacks as its first root: per entry a header of 6 + 13 x 8 hex
-/// digits, the name with its NUL, the data, name and data each filled up to 4 bytes.
-#[derive(Default)]
-struct Cpio {
-    bytes: Vec<u8>,
-    entries: u32,
-}
-
-impl Cpio {
-    fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
-        self.entries += 1;
-        let links = if mode & 0o040_000 != 0 { 2 } else { 1 };
-        let (size, name_size) = (data.len() as u32, name.len() as u32 + 1);
-        let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0];
-        self.bytes.extend_from_slice(b"070701");
-        for field in fields {
-            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+    let mut archive = new_archive(&path)?;
+    let written = (|| {
+        for name in ["bin", "dev", "modules", "proc", "sys"] {
+            archive.entry(name.as_bytes(), Kind::mode(0o040_755), &[])?;
         }
-        self.bytes.extend_from_slice(name.as_bytes());
-        self.bytes.push(0);
-        self.fill_up();
-        self.bytes.extend_from_slice(data);
-        self.fill_up();
-    }
-
-    fn fill_up(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.entry("TRAILER!!!", 0, (0, 0), &[]);
-        self.bytes
-    }
+        let console = Kind { device: (5, 1), ..Kind::mode(0o020_600) };
+        archive.entry(b"dev/console", console, &[])?;
+        archive.entry(b"init", Kind::mode(0o100_755), INIT_SCRIPT.as_bytes())?;
+        archive.entry(b"bin/busybox", Kind::mode(0o100_755), busybox)?;
+        archive.entry(b"workload", Kind::mode(0o100_755), &fs::read(&workload)?)?;
+        let mut order = String::new();
+        for name in MODULES.map(|m| format!("{m}.ko")) {
+            let module = kernel_dir.join("modules").join(&name);
+            if module.is_file() {
+                archive.entry(format!("modules/{name}").as_bytes(), Kind::mode(0o100_644), &fs::read(&module)?)?;
+                order += &format!("{name}\n");
+            }
+        }
+        archive.entry(b"modules/order", Kind::mode(0o100_644), order.as_bytes())?;
+        archive.finish().map(drop)
+    })();
+    written.map_err(LabError::io("write", &path))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn new_archive(path: &Path) -> Result<Cpio<BufWriter<File>>> {
+    let file = File::create(path).map_err(LabError::io("create", path))?;
+    Ok(Cpio::new(BufWriter::new(file)))
+}
 
-    #[test]
-    fn archives_are_what_cpio_writes() {
-        let mut archive = Cpio::default();
-        archive.entry("bin", 0o040_755, (0, 0), &[]);
-        archive.entry("bin/a", 0o100_755, (0, 0), b"hello");
-        let bytes = archive.finish();
-        let listing = super::super::process::run_with_input(
-            Command::new("busybox").args(["cpio", "-tv"]),
-            std::str::from_utf8(&bytes).unwrap(),
-        );
-        let listing = String::from_utf8(listing.unwrap().stdout).unwrap();
-        assert!(listing.contains("drwxr-xr-x") && listing.contains("bin/a") && listing.contains(" 5 "), "{listing}");
-        assert_eq!(bytes.len() % 4, 0);
+/// Downloads, unpacks, picks and prepares; leaves `archive.cpio`.
+fn make_software(dir: &Path, recipe: &Recipe, progress: &dyn Fn(&str)) -> Result<()> {
+    let (unpacked, root) = (dir.join("unpacked"), dir.join("root"));
+    let debs = packages::download(dir, recipe.packages, progress)?;
+    progress(&format!("unpacking {} packages", debs.len()));
+    packages::unpack(&debs, &unpacked)?;
+    tree::pick(recipe, &unpacked, &root)?;
+    furnish(&root, recipe)?;
+    if let Some(script) = recipe.prepare {
+        progress("preparing its data");
+        prepare(&root, script)?;
     }
+    let path = dir.join("archive.cpio");
+    let mut archive = new_archive(&path)?;
+    archive.tree(&root).and_then(|()| archive.finish()).map_err(LabError::io("write", &path))?;
+    let left = fs::read_dir(dir).map_err(LabError::io("read", dir))?;
+    for entry in left.flatten().map(|e| e.path()).filter(|p| *p != path) {
+        let removed = if entry.is_dir() { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
+        removed.map_err(LabError::io("remove", &entry))?;
+    }
+    Ok(())
+}
+
+/// What is neither in a package nor in the image that all guests have.
+fn furnish(root: &Path, recipe: &Recipe) -> Result<()> {
+    let done = (|| {
+        for folder in ["bin", "dev", "etc", "guest/bin", "proc", "run", "tmp", "var"] {
+            fs::create_dir_all(root.join(folder))?;
+        }
+        fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+        symlink("busybox", root.join("bin/sh"))?;
+        let users = format!("root:x:0:0::/:/bin/sh\npostgres:x:{DATABASE_UID}:{DATABASE_UID}::/tmp:/bin/sh\n");
+        fs::write(root.join("etc/passwd"), users)?;
+        fs::write(root.join("etc/group"), format!("root:x:0:\npostgres:x:{DATABASE_UID}:\n"))?;
+        fs::write(root.join("guest/run"), recipe.run)?;
+        fs::set_permissions(root.join("guest/run"), fs::Permissions::from_mode(0o755))
+    })();
+    done.map_err(LabError::io("furnish", root))
+}
+
+/// Runs the recipe's preparation with the tree as its root, without network, in namespaces that end with it.
+fn prepare(root: &Path, script: &str) -> Result<()> {
+    let (busybox, program) = (root.join("bin/busybox"), root.join("guest/prepare"));
+    let written = fs::write(&busybox, read_busybox()?)
+        .and_then(|()| fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)))
+        .and_then(|()| fs::write(&program, script));
+    written.map_err(LabError::io("furnish", root))?;
+    run(Command::new("unshare")
+        .args(["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "chroot"])
+        .arg(root)
+        .args(["/bin/busybox", "timeout", PREPARE_TIMEOUT_S, "/bin/busybox", "sh", "/guest/prepare"])
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default()))?;
+    [busybox, program].iter().try_for_each(|path| fs::remove_file(path).map_err(LabError::io("remove", path)))
 }

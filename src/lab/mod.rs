@@ -155,7 +155,7 @@ impl Lab {
     pub fn guest(&self, options: &GuestOptions, wait: bool) -> Result<StartedGuest> {
         options.check()?;
         self.state()?.running(&options.host)?;
-        let image = image::ensure(&|line| self.say(line))?;
+        let image = image::ensure(options.workload.software(), &|line| self.say(line))?;
         let lock = LabLock::acquire(&self.name)?;
         let guest = lock.update(|state| {
             state.host(&options.host)?;
@@ -188,9 +188,10 @@ impl Lab {
         Ok(StartedGuest { name: options.name.clone(), host: options.host.clone(), uuid, ip, mac, boot_ms })
     }
 
-    /// Waits until the guest's workload answers the client.
+    /// Waits until the guest's workload answers the client; real software also has to have done some work.
     pub fn wait_guest(&self, name: &str) -> Result<GuestReply> {
         let guest = self.guest_state(name)?;
+        let software = guest.workload.parse::<Workload>().is_ok_and(|workload| workload.software().is_some());
         let begin = Instant::now();
         loop {
             let reply = self.connect_within(guest.ip, GUEST_PORT, PROBE_TIMEOUT).and_then(|stream| {
@@ -200,7 +201,18 @@ impl Lab {
                     .and_then(|()| client.status())
                     .map_err(LabError::system("ask the guest"))
             });
+            let reply = reply.and_then(|reply| match reply {
+                GuestReply { work: 0, errors: 0, .. } if software => {
+                    Err(LabError::Product(format!("{} has not done anything yet", guest.workload)))
+                }
+                reply => Ok(reply),
+            });
             match reply {
+                Ok(reply) if software && reply.errors > 0 => {
+                    let console = self.console_log(&guest.home, name);
+                    let reason = format!("{} failed in the guest; its console: {}", guest.workload, console.display());
+                    return Err(LabError::Product(reason));
+                }
                 Ok(reply) => return Ok(reply),
                 Err(error) if begin.elapsed() > GUEST_TIMEOUT => {
                     let console = self.console_log(&guest.home, name);

@@ -1,5 +1,6 @@
 //! Processes of a lab: identified so that a reused number is never mistaken for them, ended and waited for.
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -125,6 +126,25 @@ pub fn run_with_input(command: &mut Command, input: &str) -> Result<Output> {
     check(command, output)
 }
 
+/// As [`run`], and shows each line of standard output as it comes.
+pub fn run_for_lines(command: &mut Command, mut show: impl FnMut(&str)) -> Result<()> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(LabError::system(format!("run {}", name_of(command))))?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let messages = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What cannot be read of the messages is only missing from an error.
+        let _ = stderr.map(|mut pipe| pipe.read_to_end(&mut bytes));
+        bytes
+    });
+    for line in stdout.into_iter().flat_map(|pipe| BufReader::new(pipe).lines().map_while(std::io::Result::ok)) {
+        show(&line);
+    }
+    let status = child.wait().map_err(LabError::system(format!("wait for {}", name_of(command))))?;
+    let stderr = messages.join().unwrap_or_default();
+    check(command, Output { status, stdout: Vec::new(), stderr }).map(drop)
+}
+
 fn name_of(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
@@ -156,6 +176,16 @@ mod tests {
         let Some(process) = ProcessRef::of(child.id() as i32) else { return };
         process.wait_end().unwrap();
         assert!(ProcessRef::of(process.pid).is_none_or(|p| p != process));
+    }
+
+    #[test]
+    fn lines_are_shown_as_they_come_and_a_failure_after_them_is_told() {
+        let mut lines = Vec::new();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo one; echo two; echo wrong >&2; exit 3"]);
+        let error = run_for_lines(&mut command, |line| lines.push(line.to_owned())).unwrap_err().to_string();
+        assert_eq!(lines, ["one", "two"]);
+        assert!(error.contains("exit status: 3") && error.contains("wrong"), "{error}");
     }
 
     #[test]
