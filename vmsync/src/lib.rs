@@ -88,6 +88,7 @@
 mod bytes;
 
 pub mod batch;
+pub mod codec;
 pub mod device_state;
 pub mod frame;
 pub mod hashes;

@@ -1,0 +1,168 @@
+//! How others code the same pages.
+
+use vmsync::{PAGE_SIZE, Page};
+
+use crate::{Capture, Measured, cpu_seconds};
+
+const BLOCK_BYTES: usize = 256 << 10;
+const AT_LEAST_SECONDS: f64 = 0.5;
+
+/// Codes all blocks of all counted epochs again and again.
+fn blocks(
+    capture: &Capture,
+    mut encode: impl FnMut(&[u8]) -> Vec<u8>,
+    mut decode: impl FnMut(&[u8], &mut [u8]) -> usize,
+) -> Measured {
+    let mut measured = Measured { raw_bytes: 0, packed_bytes: 0, encode_seconds: 0.0, decode_seconds: 0.0 };
+    let mut decoded = vec![0; BLOCK_BYTES];
+    while measured.encode_seconds < AT_LEAST_SECONDS {
+        for block in capture.epochs[1..].iter().flat_map(|epoch| epoch.pages.bytes().chunks(BLOCK_BYTES)) {
+            let mut packed = Vec::new();
+            measured.encode_seconds += cpu_seconds(|| packed = encode(block));
+            measured.decode_seconds += cpu_seconds(|| assert_eq!(decode(&packed, &mut decoded), block.len()));
+            measured.raw_bytes += block.len() as u64;
+            measured.packed_bytes += packed.len() as u64;
+        }
+    }
+    measured
+}
+
+pub fn zstd_blocks(capture: &Capture, level: i32) -> Measured {
+    let mut compressor = zstd::bulk::Compressor::new(level).expect("zstd");
+    let mut decompressor = zstd::bulk::Decompressor::new().expect("zstd");
+    blocks(
+        capture,
+        |block| compressor.compress(block).expect("zstd"),
+        |packed, out| decompressor.decompress_to_buffer(packed, out).expect("zstd"),
+    )
+}
+
+pub fn lz4(capture: &Capture) -> Measured {
+    blocks(capture, lz4_flex::block::compress, |packed, out| {
+        lz4_flex::block::decompress_into(packed, out).expect("lz4")
+    })
+}
+
+pub fn memcpy(capture: &Capture) -> Measured {
+    let mut copy = vec![0; BLOCK_BYTES];
+    let mut to = move |block: &[u8]| {
+        copy[..block.len()].copy_from_slice(block);
+        std::hint::black_box(&copy);
+    };
+    let mut measured = Measured { raw_bytes: 0, packed_bytes: 0, encode_seconds: 0.0, decode_seconds: 0.0 };
+    while measured.encode_seconds < AT_LEAST_SECONDS {
+        for epoch in &capture.epochs[1..] {
+            let bytes = epoch.pages.bytes();
+            measured.encode_seconds += cpu_seconds(|| bytes.chunks(BLOCK_BYTES).for_each(&mut to));
+            measured.raw_bytes += bytes.len() as u64;
+            measured.packed_bytes += bytes.len() as u64;
+        }
+    }
+    measured
+}
+
+/// QEMU's XBZRLE in kind: runs of equal and of new bytes in turn, each with a length in LEB128; a page that would not
+/// shrink goes as it is. Its cache is ideal here: it holds all pages. 8 bytes a page for its header.
+pub fn xbzrle(capture: &Capture) -> Measured {
+    let mut measured = Measured { raw_bytes: 0, packed_bytes: 0, encode_seconds: 0.0, decode_seconds: 0.0 };
+    while measured.encode_seconds < AT_LEAST_SECONDS {
+        let mut cache = vec![[0; PAGE_SIZE]; capture.layout.total_pages() as usize];
+        let mut shadow = cache.clone();
+        for (i, epoch) in capture.epochs.iter().enumerate() {
+            let (mut out, mut ends) = (Vec::new(), Vec::new());
+            let index = |addr| capture.layout.linear(addr).expect("checked") as usize;
+            let encode_seconds = cpu_seconds(|| {
+                for (addr, page) in epoch.pages.iter() {
+                    xbzrle_page(&mut cache[index(addr)], page, &mut out);
+                    ends.push(out.len());
+                }
+            });
+            let decode_seconds = cpu_seconds(|| {
+                let mut start = 0;
+                for (addr, end) in epoch.pages.addrs().iter().zip(&ends) {
+                    xbzrle_apply(&mut shadow[index(*addr)], &out[start..*end]);
+                    start = *end;
+                }
+            });
+            assert!(epoch.pages.iter().all(|(addr, page)| shadow[index(addr)] == *page));
+            if i > 0 {
+                measured.encode_seconds += encode_seconds;
+                measured.decode_seconds += decode_seconds;
+                measured.raw_bytes += epoch.pages.bytes().len() as u64;
+                measured.packed_bytes += (out.len() + 8 * epoch.pages.len()) as u64;
+            }
+        }
+    }
+    measured
+}
+
+fn xbzrle_page(old: &mut Page, new: &Page, out: &mut Vec<u8>) {
+    let start = out.len();
+    let mut at = 0;
+    while at < PAGE_SIZE {
+        let equal = run(old, new, at, true);
+        if at + equal == PAGE_SIZE {
+            break;
+        }
+        let changed = run(old, new, at + equal, false);
+        leb128(out, equal);
+        leb128(out, changed);
+        out.extend_from_slice(&new[at + equal..at + equal + changed]);
+        at += equal + changed;
+        if out.len() - start >= PAGE_SIZE {
+            out.truncate(start);
+            out.extend_from_slice(new);
+            break;
+        }
+    }
+    *old = *new;
+}
+
+/// Length of the run from `at` on: equal bytes, or different ones. Word by word where it can, as QEMU does.
+fn run(old: &Page, new: &Page, at: usize, equal: bool) -> usize {
+    let mut end = at;
+    while end < PAGE_SIZE {
+        if equal && end % 8 == 0 && old[end..end + 8] == new[end..end + 8] {
+            end += 8;
+        } else if (old[end] == new[end]) == equal {
+            end += 1;
+        } else {
+            break;
+        }
+    }
+    end - at
+}
+
+fn xbzrle_apply(page: &mut Page, mut bytes: &[u8]) {
+    if bytes.len() == PAGE_SIZE {
+        page.copy_from_slice(bytes);
+        return;
+    }
+    let mut at = 0;
+    while !bytes.is_empty() {
+        at += take_leb128(&mut bytes);
+        let len = take_leb128(&mut bytes);
+        page[at..at + len].copy_from_slice(&bytes[..len]);
+        bytes = &bytes[len..];
+        at += len;
+    }
+}
+
+fn leb128(out: &mut Vec<u8>, value: usize) {
+    if value < 0x80 {
+        out.push(value as u8);
+    } else {
+        out.extend_from_slice(&[value as u8 | 0x80, (value >> 7) as u8]);
+    }
+}
+
+fn take_leb128(bytes: &mut &[u8]) -> usize {
+    let low = usize::from(bytes[0]);
+    if low < 0x80 {
+        *bytes = &bytes[1..];
+        return low;
+    }
+    let value = low & 0x7f | usize::from(bytes[1]) << 7;
+    *bytes = &bytes[2..];
+    value
+}

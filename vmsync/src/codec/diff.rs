@@ -1,0 +1,399 @@
+//! What changed in a page, as runs of bytes.
+//!
+//! ```text
+//! run, in the stream of runs:  varint bytes since the end of the run before (or since the page's start)
+//!                              varint (length - 1) * 2 + (1 if another run of this page follows)
+//! its bytes, in the stream of data: the new contents
+//! ```
+//! A varint has 7 bits a byte, low ones first; both values fit in two for a page, in four for a device state. Runs replace bytes, they are not XORed onto
+//! them: applying the same runs again, or onto contents that have a part of them already, leads to the same page.
+//! The staging journal rests on that.
+//!
+//! The code is portable: words and 64-byte lines in plain loops, which the compiler turns into vector instructions
+//! where the build allows them. What comes out does not depend on it.
+
+use super::sum::line_weights;
+use crate::units::{PAGE_SIZE, Page};
+
+/// Unchanged bytes between two runs that are not worth another run's header.
+const MERGE_GAP_BYTES: usize = 3;
+pub(super) const LINE_BYTES: usize = 64;
+
+/// How a page compares with its previous contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Difference {
+    None,
+    /// Runs and data were appended.
+    Sparse,
+    /// Too many: nothing was appended.
+    Dense,
+}
+
+/// Brings `old` to `new`, keeps its sum right, and appends what changed unless that takes more than `limit` bytes.
+pub(super) fn advance(
+    old: &mut Page,
+    new: &Page,
+    sum: &mut u64,
+    limit: usize,
+    runs: &mut Vec<u8>,
+    data: &mut Vec<u8>,
+) -> Difference {
+    let mut lines = changed_lines(old, new);
+    if lines == 0 {
+        return Difference::None;
+    }
+    let mut writer = RunWriter::new(runs, data, new, limit);
+    let (old, new) = (old.as_chunks_mut::<LINE_BYTES>().0, new.as_chunks::<LINE_BYTES>().0);
+    while lines != 0 {
+        let line = lines.trailing_zeros() as usize;
+        lines &= lines - 1;
+        if !writer.full {
+            writer.line(line * LINE_BYTES, changed_bytes(&old[line], &new[line]));
+        }
+        *sum = sum.wrapping_add(sum_change(line, &old[line], &new[line]));
+        old[line] = new[line];
+    }
+    writer.finish()
+}
+
+/// Appends what changed between byte strings of one length, unless that takes more than `limit` bytes.
+pub(super) fn compare(old: &[u8], new: &[u8], limit: usize, runs: &mut Vec<u8>, data: &mut Vec<u8>) -> Difference {
+    debug_assert_eq!(old.len(), new.len());
+    if old == new {
+        return Difference::None;
+    }
+    let mut writer = RunWriter::new(runs, data, new, limit);
+    let ((old, old_tail), (new, new_tail)) = (old.as_chunks(), new.as_chunks());
+    for (line, (old, new)) in old.iter().zip(new).enumerate() {
+        if old != new {
+            writer.line(line * LINE_BYTES, changed_bytes(old, new));
+        }
+        if writer.full {
+            break;
+        }
+    }
+    let padded = |tail: &[u8]| {
+        let mut line = [0; LINE_BYTES];
+        line[..tail.len()].copy_from_slice(tail);
+        line
+    };
+    writer.line(old.len() * LINE_BYTES, changed_bytes(&padded(old_tail), &padded(new_tail)));
+    writer.finish()
+}
+
+/// One bit for each 64-byte line that differs.
+fn changed_lines(old: &Page, new: &Page) -> u64 {
+    let (old, new) = (old.as_chunks::<LINE_BYTES>().0, new.as_chunks::<LINE_BYTES>().0);
+    let mut mask = 0;
+    for (line, (old, new)) in old.iter().zip(new).enumerate() {
+        let mut differs = 0;
+        for (old, new) in old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0) {
+            differs |= u64::from_ne_bytes(*old) ^ u64::from_ne_bytes(*new);
+        }
+        mask |= u64::from(differs != 0) << line;
+    }
+    mask
+}
+
+/// One bit for each byte of a line that differs.
+fn changed_bytes(old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> u64 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    /// Moves bit 0 of byte i to bit 56 + i, without carries between them.
+    const GATHER: u64 = 0x0102_0408_1020_4080;
+    let mut mask = 0;
+    for (word, (old, new)) in old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0).enumerate() {
+        let differs = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
+        // The top bit of each byte that is not zero.
+        let top = (((differs & LOW) + LOW) | differs) & !LOW;
+        mask |= ((top >> 7).wrapping_mul(GATHER) >> 56) << (8 * word);
+    }
+    mask
+}
+
+fn sum_change(line: usize, old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> u64 {
+    let words = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
+    words.zip(line_weights(line)).fold(0, |sum: u64, ((old, new), weight)| {
+        let change = u64::from_le_bytes(*new).wrapping_sub(u64::from_le_bytes(*old));
+        sum.wrapping_add(change.wrapping_mul(*weight))
+    })
+}
+
+/// Collects runs; the last one stays open until it is known whether another follows.
+struct RunWriter<'a> {
+    runs: &'a mut Vec<u8>,
+    data: &'a mut Vec<u8>,
+    bytes: &'a [u8],
+    limit: usize,
+    runs_start: usize,
+    data_start: usize,
+    /// End of the last closed run.
+    closed_at: usize,
+    open: Option<(usize, usize)>,
+    full: bool,
+}
+
+impl<'a> RunWriter<'a> {
+    fn new(runs: &'a mut Vec<u8>, data: &'a mut Vec<u8>, bytes: &'a [u8], limit: usize) -> Self {
+        let (runs_start, data_start) = (runs.len(), data.len());
+        Self { runs, data, bytes, limit, runs_start, data_start, closed_at: 0, open: None, full: false }
+    }
+
+    /// Changed bytes of the line that begins at `at`.
+    fn line(&mut self, at: usize, mut mask: u64) {
+        while mask != 0 {
+            let first = mask.trailing_zeros() as usize;
+            let len = (mask >> first).trailing_ones() as usize;
+            mask &= u64::MAX.checked_shl((first + len) as u32).unwrap_or(0);
+            let (start, end) = (at + first, at + first + len);
+            match &mut self.open {
+                Some((_, open_end)) if start - *open_end <= MERGE_GAP_BYTES => *open_end = end,
+                open => {
+                    if let Some((open_start, open_end)) = open.replace((start, end)) {
+                        self.close(open_start, open_end, true);
+                    }
+                }
+            }
+        }
+        self.full = self.runs.len() - self.runs_start + self.data.len() - self.data_start > self.limit;
+    }
+
+    fn close(&mut self, start: usize, end: usize, more: bool) {
+        put_varint(self.runs, start - self.closed_at);
+        put_varint(self.runs, (end - start - 1) * 2 + usize::from(more));
+        self.data.extend_from_slice(&self.bytes[start..end]);
+        self.closed_at = end;
+    }
+
+    fn finish(mut self) -> Difference {
+        if let Some((start, end)) = self.open.take() {
+            self.close(start, end, false);
+        }
+        if self.runs.len() - self.runs_start + self.data.len() - self.data_start > self.limit {
+            self.runs.truncate(self.runs_start);
+            self.data.truncate(self.data_start);
+            return Difference::Dense;
+        }
+        Difference::Sparse
+    }
+}
+
+/// Appends a value, 7 bits a byte, low ones first.
+pub(super) fn put_varint(out: &mut Vec<u8>, mut value: usize) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Reads a value in its shortest form and at most `max_bytes` (5 or less).
+pub(super) fn take_varint(bytes: &mut &[u8], max_bytes: usize) -> Option<usize> {
+    let mut value = 0;
+    for (i, byte) in bytes.iter().take(max_bytes).enumerate() {
+        value |= usize::from(*byte & 0x7f) << (7 * i);
+        if *byte < 0x80 {
+            *bytes = &bytes[i + 1..];
+            return (*byte != 0 || i == 0).then_some(value);
+        }
+    }
+    None
+}
+
+/// Reads one run: the bytes skipped before it, its length, and whether another one follows.
+fn take_run(runs: &mut &[u8], varint_bytes: usize) -> Option<(usize, usize, bool)> {
+    let skip = take_varint(runs, varint_bytes)?;
+    let len = take_varint(runs, varint_bytes)?;
+    Some((skip, len / 2 + 1, len % 2 == 1))
+}
+
+/// Longest varint in the runs of something that has so many bytes.
+fn varint_bytes(len: usize) -> usize {
+    if len <= PAGE_SIZE { 2 } else { 4 }
+}
+
+/// Takes the runs of one page off the front of `runs`, and their bytes off `data`: both as written, checked to stay
+/// within a page and what there is. `None`: they do not.
+pub(super) fn take_page_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8]) -> Option<Patch<'a>> {
+    take_runs(runs, data, PAGE_SIZE)
+}
+
+/// The same for a byte string of `len` bytes.
+pub(super) fn take_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8], len: usize) -> Option<Patch<'a>> {
+    let (runs_start, data_start) = (*runs, *data);
+    let varint_bytes = varint_bytes(len);
+    let (mut at, mut bytes) = (0, 0);
+    loop {
+        let (skip, run_len, more) = take_run(runs, varint_bytes)?;
+        // A run that touches the one before would have been a part of it.
+        if bytes > 0 && skip == 0 {
+            return None;
+        }
+        at += skip + run_len;
+        bytes += run_len;
+        if at > len {
+            return None;
+        }
+        if !more {
+            break;
+        }
+    }
+    *data = data.get(bytes..)?;
+    let runs = &runs_start[..runs_start.len() - runs.len()];
+    Some(Patch { runs, data: &data_start[..bytes], varint_bytes })
+}
+
+/// Changes of one page, checked when they were decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patch<'a> {
+    runs: &'a [u8],
+    data: &'a [u8],
+    varint_bytes: usize,
+}
+
+impl<'a> Patch<'a> {
+    /// Of runs and data that [`take_page_runs`] took.
+    pub(super) fn of_page(runs: &'a [u8], data: &'a [u8]) -> Self {
+        Self { runs, data, varint_bytes: varint_bytes(PAGE_SIZE) }
+    }
+
+    /// Lengths of runs and data.
+    pub(super) fn lengths(&self) -> (usize, usize) {
+        (self.runs.len(), self.data.len())
+    }
+
+    /// Offsets within the page, ascending, and the bytes that belong there.
+    pub fn runs(&self) -> impl Iterator<Item = (usize, &'a [u8])> + use<'a> {
+        let (mut runs, mut data, mut at, varint_bytes) = (self.runs, self.data, 0, self.varint_bytes);
+        std::iter::from_fn(move || {
+            let (skip, len, _) = take_run(&mut runs, varint_bytes)?;
+            let (bytes, rest) = data.split_at_checked(len)?;
+            data = rest;
+            let offset = at + skip;
+            at = offset + len;
+            Some((offset, bytes))
+        })
+    }
+
+    /// Writes the changes into the previous contents.
+    pub fn apply(&self, contents: &mut [u8]) {
+        for (offset, bytes) in self.runs() {
+            // Within them, as was checked when it was decoded.
+            if let Some(to) = contents.get_mut(offset..offset + bytes.len()) {
+                to.copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::sum::page_sum;
+    use super::*;
+
+    /// The reference: byte by byte.
+    fn naive(old: &Page, new: &Page) -> (Vec<u8>, Vec<u8>) {
+        let mut found: Vec<(usize, usize)> = Vec::new();
+        for at in (0..PAGE_SIZE).filter(|at| old[*at] != new[*at]) {
+            match found.last_mut() {
+                Some((_, end)) if at - *end <= MERGE_GAP_BYTES => *end = at + 1,
+                _ => found.push((at, at + 1)),
+            }
+        }
+        let (mut runs, mut data, mut last) = (Vec::new(), Vec::new(), 0);
+        for (i, (start, end)) in found.iter().enumerate() {
+            put_varint(&mut runs, start - last);
+            put_varint(&mut runs, (end - start - 1) * 2 + usize::from(i + 1 < found.len()));
+            data.extend_from_slice(&new[*start..*end]);
+            last = *end;
+        }
+        (runs, data)
+    }
+
+    fn page(writes: &[(usize, Vec<u8>)], mut page: Page) -> Page {
+        for (at, bytes) in writes {
+            let end = (at + bytes.len()).min(PAGE_SIZE);
+            page[*at..end].copy_from_slice(&bytes[..end - at]);
+        }
+        page
+    }
+
+    fn writes() -> impl Strategy<Value = Vec<(usize, Vec<u8>)>> {
+        let bytes = prop_oneof![
+            8 => prop::collection::vec(any::<u8>(), 1..20),
+            1 => prop::collection::vec(any::<u8>(), 60..200),
+            1 => Just(vec![7; PAGE_SIZE]),
+        ];
+        prop::collection::vec((0..PAGE_SIZE, bytes), 0..30)
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_those_of_the_naive_code(first in writes(), then in writes(), limit in 0usize..3000) {
+            let mut old = page(&first, [0; PAGE_SIZE]);
+            let new = page(&then, old);
+            let (base, mut sum) = (old, page_sum(&old));
+            let (mut runs, mut data) = (vec![9], vec![8]);
+            let difference = advance(&mut old, &new, &mut sum, limit, &mut runs, &mut data);
+            prop_assert_eq!(old, new);
+            prop_assert_eq!(sum, page_sum(&new));
+            let (naive_runs, naive_data) = naive(&base, &new);
+            match difference {
+                Difference::None => prop_assert_eq!(base, new),
+                Difference::Dense => {
+                    prop_assert!(naive_runs.len() + naive_data.len() > limit);
+                    prop_assert_eq!((runs, data), (vec![9], vec![8]));
+                }
+                Difference::Sparse => {
+                    prop_assert_eq!((&runs[1..], &data[1..]), (&naive_runs[..], &naive_data[..]));
+                    let (mut runs, mut data) = (&runs[1..], &data[1..]);
+                    let patch = take_page_runs(&mut runs, &mut data).unwrap();
+                    prop_assert!(runs.is_empty() && data.is_empty());
+                    let mut patched = base;
+                    patch.apply(&mut patched);
+                    prop_assert_eq!(patched, new);
+                    patch.apply(&mut patched);
+                    prop_assert_eq!(patched, new, "again");
+                }
+            }
+        }
+
+        #[test]
+        fn noise_is_taken_for_runs_only_within_the_page(
+            noise in prop::collection::vec(any::<u8>(), 0..40), len in 0usize..5000,
+        ) {
+            let data = vec![1; len];
+            let (mut runs, mut rest) = (&noise[..], &data[..]);
+            if let Some(patch) = take_page_runs(&mut runs, &mut rest) {
+                let found: Vec<_> = patch.runs().collect();
+                prop_assert_eq!(found.iter().map(|(_, b)| b.len()).sum::<usize>(), patch.data.len());
+                prop_assert!(found.last().is_some_and(|(at, bytes)| at + bytes.len() <= PAGE_SIZE));
+            }
+        }
+    }
+
+    #[test]
+    fn every_single_byte_is_found() {
+        for at in 0..PAGE_SIZE {
+            let (mut old, mut new) = ([3; PAGE_SIZE], [3; PAGE_SIZE]);
+            new[at] ^= 0x80;
+            let (mut sum, mut runs, mut data) = (page_sum(&old), Vec::new(), Vec::new());
+            assert_eq!(advance(&mut old, &new, &mut sum, 64, &mut runs, &mut data), Difference::Sparse);
+            assert_eq!(Patch::of_page(&runs, &data).runs().collect::<Vec<_>>(), [(at, &new[at..=at])]);
+        }
+    }
+
+    #[test]
+    fn varints_have_one_form() {
+        for value in [0, 1, 127, 128, 4095, 8191, 16_383, 16_384, (1 << 34) + 3] {
+            let mut out = Vec::new();
+            put_varint(&mut out, value);
+            assert_eq!(take_varint(&mut &out[..], 5), Some(value));
+            assert_eq!(take_varint(&mut &out[..], out.len() - 1), None);
+        }
+        for bad in [&[][..], &[0x80], &[0x80, 0], &[0xff, 0x80]] {
+            assert_eq!(take_varint(&mut &bad[..], 5), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The source's end: what each page of a cut costs.
+//!
+//! ```text
+//! dirty page --- as before, says the mirror or a hash --------------------> nothing
+//!            \-- zero, or one word throughout ----------------------------> 1 or 9 bytes
+//!            \-- few bytes differ from the mirror's ----------------------> a patch
+//!            \-- otherwise: compressible? zstd over 64 pages : as it is --> whole
+//! ```
+//! [`Encoder::page`] codes against the *previous contents*: what a shadow that is in step has once everything sent
+//! before has arrived. Whoever calls it must know which shadows those are: see
+//! [`crate::source`]. [`Encoder::whole`] needs nothing on the other side.
+
+use super::diff::{Difference, advance};
+use super::mirror::{Mirror, MirrorBudget};
+use super::sum::{fill_sum, page_sum, tag};
+use super::writer::FrameWriter;
+use crate::hashes::{HashSeed, HashTable, hash_page};
+use crate::layout::RamLayout;
+use crate::units::{Page, PageAddr};
+
+/// Longest patch, bytes before compression; a page that needs more goes whole: zstd does better on it.
+const PATCH_LIMIT_BYTES: usize = 1024;
+/// The same at fast levels, whose zstd does worse.
+const PATCH_LIMIT_FAST_BYTES: usize = 2048;
+
+/// What a page of a cut came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageFate {
+    /// Whoever is in step has exactly these contents: compared with the mirror.
+    Same,
+    /// The same, by a 64-bit hash.
+    SameByHash,
+    /// Coded into a frame; good for shadows in step only if it is a patch.
+    Coded { patch: bool },
+}
+
+/// What an encoder did so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CodecStats {
+    /// Pages that were written without changing.
+    pub pages_same: u64,
+    /// Pages of one word throughout, zero or not.
+    pub pages_filled: u64,
+    /// Pages of which the changes were sent.
+    pub pages_patched: u64,
+    /// Pages that were sent whole.
+    pub pages_whole: u64,
+    /// Pages whose previous contents are held, and may be held at most.
+    pub mirror_pages: u64,
+    pub mirror_pages_max: u64,
+}
+
+/// Codes pages into frames; see the module's description.
+#[derive(Debug)]
+pub struct Encoder {
+    mirror: Mirror,
+    /// Hashes of previous contents that the mirror does not hold.
+    hashes: HashTable,
+    seed: HashSeed,
+    writer: FrameWriter,
+    patch_limit: usize,
+    stats: CodecStats,
+}
+
+impl Encoder {
+    /// `level`: see [`set_level`](Self::set_level).
+    pub fn new(layout: &RamLayout, budget: MirrorBudget, seed: HashSeed, level: i32) -> Self {
+        let mut encoder = Self {
+            mirror: Mirror::new(layout, budget),
+            hashes: HashTable::new(layout),
+            seed,
+            writer: FrameWriter::new(level),
+            patch_limit: PATCH_LIMIT_BYTES,
+            stats: CodecStats::default(),
+        };
+        encoder.set_level(level);
+        encoder
+    }
+
+    /// zstd's level for whole pages: 1 and up is small, negative is fast; 0 turns all compression off.
+    pub fn set_level(&mut self, level: i32) {
+        self.patch_limit = if level < 0 { PATCH_LIMIT_FAST_BYTES } else { PATCH_LIMIT_BYTES };
+        self.writer.set_level(level);
+    }
+
+    /// Another cut begins: pages that were hot are a little less so.
+    pub fn begin_cut(&mut self) {
+        self.mirror.begin_cut();
+    }
+
+    /// Codes a dirty page against its previous contents, which these become.
+    pub fn page(&mut self, addr: PageAddr, page: &Page) -> PageFate {
+        self.mirror.touch(addr);
+        let fate = match one_word(page) {
+            Some(word) => self.filled(addr, page, word),
+            None => self.page_with_contents(addr, page),
+        };
+        match fate {
+            PageFate::Same | PageFate::SameByHash => self.stats.pages_same += 1,
+            PageFate::Coded { patch: true } => self.stats.pages_patched += 1,
+            PageFate::Coded { patch: false } => {}
+        }
+        fate
+    }
+
+    /// Codes a page so that it can be read without its previous contents, and remembers nothing of it.
+    pub fn whole(&mut self, addr: PageAddr, page: &Page) {
+        match one_word(page) {
+            Some(0) => self.writer.zero(addr),
+            Some(word) => self.writer.fill(addr, word),
+            None => {
+                self.stats.pages_whole += 1;
+                return self.writer.data(addr, page);
+            }
+        }
+        self.stats.pages_filled += 1;
+    }
+
+    /// Ends what was begun, and gives all frames since the last call. They name each page once, in any order.
+    pub fn finish(&mut self) -> Vec<Vec<u8>> {
+        self.writer.finish()
+    }
+
+    /// Whether these are the previous contents; `None`: they are not held.
+    pub fn is_previous(&self, addr: PageAddr, page: &Page) -> Option<bool> {
+        self.mirror.get(addr).map(|previous| previous == page)
+    }
+
+    /// Forgets the page's previous contents: next time it goes whole.
+    pub fn forget(&mut self, addr: PageAddr) {
+        self.mirror.forget(addr);
+        self.hashes.forget(addr);
+    }
+
+    /// Forgets what is only known by its hash.
+    pub fn forget_hash(&mut self, addr: PageAddr) {
+        self.hashes.forget(addr);
+    }
+
+    pub fn stats(&self) -> CodecStats {
+        let (pages, max) = (self.mirror.len() as u64, self.mirror.capacity() as u64);
+        CodecStats { mirror_pages: pages, mirror_pages_max: max, ..self.stats }
+    }
+
+    fn filled(&mut self, addr: PageAddr, page: &Page, word: u64) -> PageFate {
+        let sum = fill_sum(word);
+        if let Some(held) = self.mirror.held(addr) {
+            if *held.sum == sum && held.page == page {
+                return PageFate::Same;
+            }
+            *held.page = *page;
+            *held.sum = sum;
+        } else if self.remember(addr, page, || sum) {
+            return PageFate::SameByHash;
+        }
+        match word {
+            0 => self.writer.zero(addr),
+            word => self.writer.fill(addr, word),
+        }
+        self.stats.pages_filled += 1;
+        PageFate::Coded { patch: false }
+    }
+
+    fn page_with_contents(&mut self, addr: PageAddr, page: &Page) -> PageFate {
+        if let Some(held) = self.mirror.held(addr) {
+            let before = tag(*held.sum);
+            let (runs, data) = self.writer.patch_streams(self.patch_limit);
+            match advance(held.page, page, held.sum, self.patch_limit, runs, data) {
+                Difference::None => return PageFate::Same,
+                Difference::Sparse => {
+                    let after = tag(*held.sum);
+                    self.writer.patched(addr, before, after);
+                    return PageFate::Coded { patch: true };
+                }
+                Difference::Dense => {}
+            }
+        } else if self.remember(addr, page, || page_sum(page)) {
+            return PageFate::SameByHash;
+        }
+        self.writer.data(addr, page);
+        self.stats.pages_whole += 1;
+        PageFate::Coded { patch: false }
+    }
+
+    /// Takes note of a page that the mirror does not hold; true if it is as before, by its hash.
+    fn remember(&mut self, addr: PageAddr, page: &Page, sum: impl FnOnce() -> u64) -> bool {
+        let hashes = &mut self.hashes;
+        let seed = self.seed;
+        let put_out = |addr: PageAddr, page: &Page| {
+            hashes.set(addr, hash_page(seed, page));
+        };
+        if self.mirror.admit(addr, page, put_out) {
+            if let Some(held) = self.mirror.held(addr) {
+                *held.sum = sum();
+            }
+            let former = self.hashes.get(addr);
+            self.hashes.forget(addr);
+            return former.is_some_and(|former| former == hash_page(seed, page));
+        }
+        let hash = hash_page(seed, page);
+        self.hashes.set(addr, hash) == Some(hash)
+    }
+}
+
+/// The word that the page consists of.
+fn one_word(page: &Page) -> Option<u64> {
+    let words = page.as_chunks::<8>().0;
+    let first = words[0];
+    // Most pages end here.
+    if words[511] != first || words[255] != first || words[64] != first {
+        return None;
+    }
+    let differs = |line: &[u8; 64]| line.as_chunks::<8>().0.iter().any(|word| *word != first);
+    (!page.as_chunks::<64>().0.iter().any(differs)).then(|| u64::from_le_bytes(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PAGE_SIZE;
+
+    #[test]
+    fn one_word_is_told_from_nearly_one_word() {
+        let mut page = [0; PAGE_SIZE];
+        assert_eq!(one_word(&page), Some(0));
+        for at in 0..PAGE_SIZE {
+            page[at] = 1;
+            assert_eq!(one_word(&page), None, "{at}");
+            page[at] = 0;
+        }
+        let page: Page = 0xdead_beef_u64.to_le_bytes().repeat(512).try_into().unwrap();
+        assert_eq!(one_word(&page), Some(0xdead_beef));
+    }
+}

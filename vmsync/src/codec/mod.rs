@@ -1,0 +1,30 @@
+//! The delta codec: what changed in a guest's memory, in few bytes and little time.
+//!
+//! ```text
+//! source                                                          target
+//! dirty pages --> Encoder --frames--> ~~~~ --> FrameDecoder --> KnownPages --> PagesFrame (staged, journaled, applied)
+//!                  |    ^                                        in step?
+//!                  v    |
+//!                 mirror: previous contents
+//! ```
+//! A patch only means something to whoever has the same previous contents. The source knows which shadows have them
+//! ([`crate::source`]); that it is right about it is checked with every patch by a [`sum`] of the contents
+//! before it. Patches replace bytes, so that frames can be replayed from the journal onto an image that has a part of
+//! them already.
+
+pub mod capture;
+pub mod encoder;
+pub mod frame;
+pub mod mirror;
+pub mod sum;
+
+mod blob;
+mod diff;
+mod noise;
+mod writer;
+
+pub use diff::Patch;
+pub use encoder::{CodecStats, Encoder, PageFate};
+pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
+pub use mirror::MirrorBudget;
+pub use sum::KnownPages;

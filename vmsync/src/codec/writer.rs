@@ -1,0 +1,258 @@
+//! Makes frames; [`super::frame`] has their layout.
+
+use zstd::bulk::Compressor;
+
+use super::diff::put_varint;
+use super::frame::{
+    CHANGES, CHANGES_HEAD_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES, MAX_STREAM_BYTES,
+    MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, ZSTD,
+};
+use super::noise::NoiseFilter;
+use super::sum::Tag;
+use crate::bytes::Put;
+use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
+
+/// Level at which streams of changes are compressed. They are short, and the link may be long.
+const CHANGES_LEVEL: i32 = 1;
+/// Streams shorter than this are not worth zstd's own header.
+const WORTH_PACKING_BYTES: usize = 64;
+/// Most bytes that one page adds to a frame of changes, besides its patch: two addresses and a word.
+const PAGE_EXTRA_BYTES: usize = 18;
+
+/// Collects pages into frames.
+pub(super) struct FrameWriter {
+    changes: Changes,
+    packed: Whole,
+    plain: Whole,
+    noise: NoiseFilter,
+    packer: Option<Compressor<'static>>,
+    changes_packer: Option<Compressor<'static>>,
+    scratch: Vec<u8>,
+    frames: Vec<Vec<u8>>,
+}
+
+#[derive(Default)]
+struct Changes {
+    pages: u16,
+    patches: u16,
+    /// Where the next address counts from.
+    place: Option<(BlockIndex, u64)>,
+    tags: Vec<u8>,
+    addresses: Vec<u8>,
+    runs: Vec<u8>,
+    data: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Whole {
+    pages: u16,
+    entries: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl FrameWriter {
+    /// `level`: see [`Self::set_level`].
+    pub(super) fn new(level: i32) -> Self {
+        let mut writer = Self {
+            changes: Changes::default(),
+            packed: Whole::default(),
+            plain: Whole::default(),
+            noise: NoiseFilter::default(),
+            packer: None,
+            changes_packer: None,
+            scratch: Vec::new(),
+            frames: Vec::new(),
+        };
+        writer.set_level(level);
+        writer
+    }
+
+    /// Level of whole pages, as zstd counts: negative is faster; 0 turns all compression off.
+    pub(super) fn set_level(&mut self, level: i32) {
+        // zstd only fails here for want of memory; frames then travel raw.
+        let packer = |level| if level == 0 { None } else { Compressor::new(level).ok() };
+        match &mut self.packer {
+            Some(packer) if level != 0 => drop(packer.set_compression_level(level)),
+            _ => self.packer = packer(level),
+        }
+        if level == 0 {
+            self.changes_packer = None;
+        } else if self.changes_packer.is_none() {
+            self.changes_packer = packer(CHANGES_LEVEL);
+        }
+    }
+
+    pub(super) fn zero(&mut self, addr: PageAddr) {
+        self.changes.address(addr, KIND_ZERO);
+        self.changes_grew(0);
+    }
+
+    pub(super) fn fill(&mut self, addr: PageAddr, word: u64) {
+        self.changes.address(addr, KIND_FILL);
+        self.changes.data.put_u64(word);
+        self.changes_grew(0);
+    }
+
+    /// Where a patch of at most `limit` bytes may be appended; [`patched`](Self::patched) ends it.
+    pub(super) fn patch_streams(&mut self, limit: usize) -> (&mut Vec<u8>, &mut Vec<u8>) {
+        self.changes_grew(limit);
+        (&mut self.changes.runs, &mut self.changes.data)
+    }
+
+    /// Runs and data of this page were appended.
+    pub(super) fn patched(&mut self, addr: PageAddr, before: Tag, after: Tag) {
+        self.changes.address(addr, KIND_PATCH);
+        self.changes.patches += 1;
+        self.changes.tags.put_u16(before);
+        self.changes.tags.put_u16(after);
+        self.changes_grew(0);
+    }
+
+    pub(super) fn data(&mut self, addr: PageAddr, page: &Page) {
+        let packs = self.packer.is_some();
+        if packs && self.noise.is_noise(page) {
+            if self.noise.wants_probe() {
+                self.probe(page);
+            }
+            self.plain.push(addr, page);
+        } else {
+            self.packed.push(addr, page);
+        }
+        if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
+            self.write_plain();
+        }
+        if usize::from(self.packed.pages) == MAX_WHOLE_PAGES {
+            self.write_packed();
+        }
+    }
+
+    /// Ends what was begun, and gives all frames.
+    pub(super) fn finish(&mut self) -> Vec<Vec<u8>> {
+        self.write_changes();
+        self.write_packed();
+        self.write_plain();
+        std::mem::take(&mut self.frames)
+    }
+
+    /// Ends the frame of changes if a page with a patch of `limit` bytes might not fit.
+    fn changes_grew(&mut self, limit: usize) {
+        let changes = &self.changes;
+        let streams = changes.addresses.len() + changes.runs.len() + changes.data.len();
+        let full = usize::from(changes.pages) == MAX_CHANGED_PAGES;
+        if full || streams + limit + PAGE_EXTRA_BYTES > MAX_STREAM_BYTES {
+            self.write_changes();
+        }
+    }
+
+    fn write_changes(&mut self) {
+        let changes = &mut self.changes;
+        if changes.pages == 0 {
+            return;
+        }
+        let [addresses, runs, data] = [&changes.addresses, &changes.runs, &changes.data].map(Vec::len);
+        let streams = addresses + runs + data;
+        let mut out = Vec::with_capacity(CHANGES_HEAD_BYTES + changes.tags.len() + streams);
+        out.extend_from_slice(&[CHANGES, RAW]);
+        out.put_u16(changes.pages);
+        out.put_u16(changes.patches);
+        out.put_u16(0);
+        // Each at most MAX_STREAM_BYTES.
+        out.put_u32(addresses as u32);
+        out.put_u32(runs as u32);
+        out.put_u32(data as u32);
+        debug_assert_eq!(changes.tags.len(), usize::from(changes.patches) * TAGS_BYTES);
+        out.extend_from_slice(&changes.tags);
+        changes.addresses.extend_from_slice(&changes.runs);
+        changes.addresses.extend_from_slice(&changes.data);
+        let packer = self.changes_packer.as_mut().filter(|_| streams >= WORTH_PACKING_BYTES);
+        append(&mut out, &changes.addresses, packer, &mut self.scratch);
+        changes.clear();
+        self.frames.push(out);
+    }
+
+    fn write_packed(&mut self) {
+        self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch));
+    }
+
+    fn write_plain(&mut self) {
+        self.frames.extend(self.plain.write(None, &mut self.scratch));
+    }
+
+    /// Compresses a page that was judged as noise, to learn from it.
+    fn probe(&mut self, page: &Page) {
+        self.scratch.clear();
+        self.scratch.reserve(2 * PAGE_SIZE);
+        if let Some(Ok(packed)) = self.packer.as_mut().map(|p| p.compress_to_buffer(page, &mut self.scratch)) {
+            self.noise.probed(PAGE_SIZE, packed);
+        }
+    }
+}
+
+impl std::fmt::Debug for FrameWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FrameWriter").field("frames", &self.frames.len()).finish_non_exhaustive()
+    }
+}
+
+impl Changes {
+    fn address(&mut self, addr: PageAddr, kind: usize) {
+        let page = u64::from(addr.page.get());
+        let next = match self.place {
+            Some((block, next)) if block == addr.block && next <= page => next,
+            _ => {
+                put_varint(&mut self.addresses, usize::from(addr.block.get()) * 4 + KIND_BLOCK);
+                0
+            }
+        };
+        // Page numbers have 32 bits.
+        put_varint(&mut self.addresses, (page - next) as usize * 4 + kind);
+        self.place = Some((addr.block, page + 1));
+        self.pages += 1;
+    }
+
+    fn clear(&mut self) {
+        self.pages = 0;
+        self.patches = 0;
+        self.place = None;
+        for stream in [&mut self.tags, &mut self.addresses, &mut self.runs, &mut self.data] {
+            stream.clear();
+        }
+    }
+}
+
+impl Whole {
+    fn push(&mut self, addr: PageAddr, page: &Page) {
+        self.entries.put_u32(addr.page.get());
+        self.entries.put_u16(addr.block.get());
+        self.data.extend_from_slice(page);
+        self.pages += 1;
+    }
+
+    fn write(&mut self, packer: Option<&mut Compressor<'static>>, scratch: &mut Vec<u8>) -> Option<Vec<u8>> {
+        if self.pages == 0 {
+            return None;
+        }
+        let mut out = Vec::with_capacity(4 + self.entries.len() + if packer.is_some() { 0 } else { self.data.len() });
+        out.extend_from_slice(&[WHOLE, RAW]);
+        out.put_u16(self.pages);
+        out.extend_from_slice(&self.entries);
+        append(&mut out, &self.data, packer, scratch);
+        self.pages = 0;
+        self.entries.clear();
+        self.data.clear();
+        Some(out)
+    }
+}
+
+/// Appends `data` as one zstd block and says so in the frame's second byte; or as it is, if that is not shorter.
+fn append(out: &mut Vec<u8>, data: &[u8], packer: Option<&mut Compressor<'static>>, scratch: &mut Vec<u8>) {
+    scratch.clear();
+    scratch.reserve(zstd::zstd_safe::compress_bound(data.len()));
+    let packed = packer.and_then(|packer| packer.compress_to_buffer(data, scratch).ok());
+    if packed.is_some_and(|len| len < data.len()) {
+        out[1] = ZSTD;
+        out.extend_from_slice(scratch);
+    } else {
+        out.extend_from_slice(data);
+    }
+}
