@@ -1,7 +1,11 @@
 //! What coding epochs costs, ours and others' ways, on the same bytes:
 //!
 //! ```text
-//! cargo run --release -p vmsync --example codec_bench [-- [--mirror full|MIB] [--level N] [FILE ...]]
+//! cargo run --release -p vmsync --example codec_bench [-- OPTIONS] [FILE ...]
+//!   --mirror full|MIB   memory for previous contents; may be repeated
+//!   --level N           zstd level of whole pages
+//!   --only TEXT         of the made-up epochs those with TEXT in their names
+//!   --ours              no others
 //! ```
 //! FILE is a capture as `vmsync::codec::capture` describes it. Without one, epochs are made up whose statistics are
 //! those of real guests; they say what the code can do, not what a guest will see. The first epoch of each capture
@@ -49,7 +53,7 @@ impl Measured {
 }
 
 fn main() -> ExitCode {
-    let (mut mirrors, mut level, mut files) = (vec![], 1, vec![]);
+    let (mut mirrors, mut level, mut files, mut only, mut ours_only) = (vec![], 1, vec![], String::new(), false);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().unwrap_or_default();
@@ -58,6 +62,8 @@ fn main() -> ExitCode {
                 "full" => mirrors.push(MirrorBudget::Full),
                 mib => mirrors.push(MirrorBudget::Bytes(mib.parse::<u64>().unwrap_or(64) << 20)),
             },
+            "--only" => only = value(),
+            "--ours" => ours_only = true,
             "--level" => level = value().parse().unwrap_or(1),
             _ => files.push(arg),
         }
@@ -67,13 +73,13 @@ fn main() -> ExitCode {
     }
     if files.is_empty() {
         println!("no captures given: made-up epochs with the statistics of real guests");
-        for capture in synth::all() {
-            bench(&capture, &mirrors, level);
+        for capture in synth::all().filter(|c| only.is_empty() || c.name.contains(&only)) {
+            bench(&capture, &mirrors, level, ours_only);
         }
     }
     for file in files {
         match load(&file) {
-            Ok(capture) => bench(&capture, &mirrors, level),
+            Ok(capture) => bench(&capture, &mirrors, level, ours_only),
             Err(error) => {
                 eprintln!("{file}: {error}");
                 return ExitCode::FAILURE;
@@ -95,7 +101,7 @@ fn load(file: &str) -> Result<Capture, Box<dyn std::error::Error>> {
     Ok(Capture { name: file.into(), layout: reader.layout().clone(), epochs })
 }
 
-fn bench(capture: &Capture, mirrors: &[MirrorBudget], level: i32) {
+fn bench(capture: &Capture, mirrors: &[MirrorBudget], level: i32, ours_only: bool) {
     let pages: usize = capture.epochs[1..].iter().map(|e| e.pages.len()).sum();
     let count = capture.epochs.len() - 1;
     println!("\n{}: {count} epochs of {} pages", capture.name, pages / count);
@@ -106,6 +112,9 @@ fn bench(capture: &Capture, mirrors: &[MirrorBudget], level: i32) {
             MirrorBudget::Bytes(bytes) => format!("ours, level {level}, mirror {} MiB", bytes >> 20),
         };
         ours(capture, *budget, level).print(&name);
+    }
+    if ours_only {
+        return;
     }
     if level > 0 {
         ours(capture, MirrorBudget::Full, -3).print("ours, level -3, full mirror");

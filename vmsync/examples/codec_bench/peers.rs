@@ -122,7 +122,7 @@ fn xbzrle_page(old: &mut Page, new: &Page, out: &mut Vec<u8>) {
 fn run(old: &Page, new: &Page, at: usize, equal: bool) -> usize {
     let mut end = at;
     while end < PAGE_SIZE {
-        if equal && end % 8 == 0 && old[end..end + 8] == new[end..end + 8] {
+        if equal && end.is_multiple_of(8) && old[end..end + 8] == new[end..end + 8] {
             end += 8;
         } else if (old[end] == new[end]) == equal {
             end += 1;

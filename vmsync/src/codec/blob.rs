@@ -30,7 +30,7 @@ const WORTH_PACKING_BYTES: usize = 64;
 const DICTIONARY_MAGIC: [u8; 4] = 0xec30_a437_u32.to_le_bytes();
 
 /// Appends the encoded string to `out`; returns its encoding.
-pub(crate) fn encode(bytes: &[u8], former: Option<&[u8]>, out: &mut Vec<u8>) -> u8 {
+pub fn encode(bytes: &[u8], former: Option<&[u8]>, out: &mut Vec<u8>) -> u8 {
     if let Some(former) = former
         && former.len() == bytes.len()
         && let Some(encoding) = encode_changes(bytes, former, out)
@@ -52,7 +52,7 @@ pub(crate) fn encode(bytes: &[u8], former: Option<&[u8]>, out: &mut Vec<u8>) -> 
 }
 
 /// Appends the string as it is.
-pub(crate) fn encode_raw(bytes: &[u8], out: &mut Vec<u8>) -> u8 {
+pub fn encode_raw(bytes: &[u8], out: &mut Vec<u8>) -> u8 {
     out.extend_from_slice(bytes);
     RAW
 }
@@ -80,7 +80,7 @@ fn encode_changes(bytes: &[u8], former: &[u8], out: &mut Vec<u8>) -> Option<u8> 
 }
 
 /// Decodes a string of `len` bytes, for which the caller has a limit.
-pub(crate) fn decode(encoding: u8, bytes: &[u8], former: Option<&[u8]>, len: usize) -> Result<Vec<u8>, BlobError> {
+pub fn decode(encoding: u8, bytes: &[u8], former: Option<&[u8]>, len: usize) -> Result<Vec<u8>, BlobError> {
     let former = || former.ok_or(BlobError::NoFormer);
     let decoded = match encoding {
         RAW => bytes.to_vec(),
@@ -126,7 +126,7 @@ fn decode_changes(changes: &[u8], former: &[u8], len: usize) -> Result<Vec<u8>, 
 
 /// Why bytes are not an encoded string.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum BlobError {
+pub enum BlobError {
     #[error("it has the unknown encoding {0}")]
     UnknownEncoding(u8),
     #[error("it was made from a former one that is not here")]

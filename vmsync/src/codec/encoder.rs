@@ -110,7 +110,8 @@ impl Encoder {
             Some(word) => self.writer.fill(addr, word),
             None => {
                 self.stats.pages_whole += 1;
-                return self.writer.data(addr, page);
+                self.writer.data(addr, page);
+                return;
             }
         }
         self.stats.pages_filled += 1;
@@ -162,6 +163,7 @@ impl Encoder {
     }
 
     fn page_with_contents(&mut self, addr: PageAddr, page: &Page) -> PageFate {
+        let mut newly_held = true;
         if let Some(held) = self.mirror.held(addr) {
             let before = tag(*held.sum);
             let (runs, data) = self.writer.patch_streams(self.patch_limit);
@@ -172,13 +174,16 @@ impl Encoder {
                     self.writer.patched(addr, before, after);
                     return PageFate::Coded { patch: true };
                 }
-                Difference::Dense => {}
+                Difference::Dense => newly_held = false,
             }
         } else if self.remember(addr, page, || page_sum(page)) {
             return PageFate::SameByHash;
         }
-        self.writer.data(addr, page);
         self.stats.pages_whole += 1;
+        if self.writer.data(addr, page) && !newly_held {
+            self.mirror.shun(addr);
+            self.hashes.set(addr, hash_page(self.seed, page));
+        }
         PageFate::Coded { patch: false }
     }
 

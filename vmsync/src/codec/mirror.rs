@@ -13,6 +13,9 @@ pub const HALF_LIFE_CUTS: u32 = 16;
 
 /// Heat of one cut.
 const ONE: u16 = 256;
+const HEAT_MAX: u16 = 0x7fff;
+/// A shunned page is tried again at one cut in so many.
+const TRY_AGAIN_CUTS: usize = 16;
 /// 2^16 * 2^(-i / 16)
 const DECAY: [u32; HALF_LIFE_CUTS as usize] = [
     65_536, 62_757, 60_097, 57_549, 55_109, 52_772, 50_535, 48_393, 46_341, 44_376, 42_495, 40_693, 38_968, 37_316,
@@ -54,7 +57,8 @@ pub(super) struct Mirror {
 }
 
 /// What is known about a page, packed so that an untouched table needs no memory: slot + 1 (32 bits; 0: none), heat
-/// (16 bits), clock when it was last dirty (16 bits; it may run around, and a page then looks a little too hot).
+/// (15 bits), whether it is shunned (1 bit), clock when it was last dirty (16 bits; it may run around, and a page then
+/// looks a little too hot).
 #[derive(Debug, Clone, Copy)]
 struct Account(u64);
 
@@ -72,6 +76,8 @@ pub(super) struct Held<'a> {
 }
 
 impl Account {
+    const SHUNNED: u64 = 1 << 47;
+
     fn slot(self) -> Option<usize> {
         (self.0 as u32).checked_sub(1).map(|slot| slot as usize)
     }
@@ -82,15 +88,15 @@ impl Account {
     }
 
     fn heat_at(self, clock: u16) -> u16 {
-        let (heat, since) = ((self.0 >> 32) as u16, (self.0 >> 48) as u16);
+        let (heat, since) = ((self.0 >> 32) as u16 & HEAT_MAX, (self.0 >> 48) as u16);
         let age = u32::from(clock.wrapping_sub(since));
         let decayed = (u32::from(heat) * (DECAY[(age % HALF_LIFE_CUTS) as usize] >> 8)) >> 8;
         decayed.checked_shr(age / HALF_LIFE_CUTS).unwrap_or(0) as u16
     }
 
     fn touched(self, clock: u16) -> Self {
-        let heat = self.heat_at(clock).saturating_add(ONE);
-        Self(self.0 & 0xffff_ffff | u64::from(heat) << 32 | u64::from(clock) << 48)
+        let heat = self.heat_at(clock).saturating_add(ONE).min(HEAT_MAX);
+        Self(self.0 & (0xffff_ffff | Self::SHUNNED) | u64::from(heat) << 32 | u64::from(clock) << 48)
     }
 }
 
@@ -145,13 +151,20 @@ impl Mirror {
     /// Puts a page in that is not there, if there is room or a colder one; `put_out` is given the page that had to go.
     /// Its sum is 0 until it is set.
     pub(super) fn admit(&mut self, addr: PageAddr, page: &Page, put_out: impl FnOnce(PageAddr, &Page)) -> bool {
-        let Some(index) = self.index(addr).filter(|i| Account(self.pages[*i]).slot().is_none()) else { return false };
+        let Some(index) = self.index(addr).filter(|i| self.may_enter(*i)) else { return false };
         let Some(slot) = self.room_for(index, put_out) else { return false };
         // A page's number fits in 32 bits, or it would not be in a layout.
         self.slots[slot] = Slot { page: index as u32, sum: 0 };
         self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES] = *page;
-        self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0;
+        self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
         true
+    }
+
+    fn may_enter(&self, index: usize) -> bool {
+        let account = Account(self.pages[index]);
+        let shunned =
+            account.0 & Account::SHUNNED != 0 && !(index + usize::from(self.clock)).is_multiple_of(TRY_AGAIN_CUTS);
+        account.slot().is_none() && !shunned
     }
 
     /// Takes a page out.
@@ -161,6 +174,14 @@ impl Mirror {
             self.pages[index] = Account(self.pages[index]).with_slot(None).0;
             self.slots[slot].page = Slot::FREE;
             self.free.push(slot as u32);
+        }
+    }
+
+    /// Takes out a page whose contents are all new each time and do not compress: they are no use as previous ones.
+    pub(super) fn shun(&mut self, addr: PageAddr) {
+        self.forget(addr);
+        if let Some(index) = self.index(addr) {
+            self.pages[index] |= Account::SHUNNED;
         }
     }
 
@@ -180,7 +201,7 @@ impl Mirror {
         }
         if self.slots.len() < self.slots_max {
             let slot = self.slots.len();
-            if slot % SLAB_PAGES == 0 {
+            if slot.is_multiple_of(SLAB_PAGES) {
                 let pages = SLAB_PAGES.min(self.slots_max - slot);
                 self.slabs.push(vec![[0; PAGE_SIZE]; pages]);
             }
@@ -289,6 +310,23 @@ mod tests {
             let hits = (first..first + 100).filter(|page| dirty(&mut mirror, *page)).count();
             assert!(!matches!(cut, 39 | 79) || hits == 100, "cut {cut}: {hits}");
         }
+    }
+
+    #[test]
+    fn shunned_pages_stay_out_and_are_tried_again() {
+        let mut mirror = mirror(10, 10);
+        mirror.begin_cut();
+        dirty(&mut mirror, 3);
+        mirror.shun(PageAddr::new(0, 3));
+        assert_eq!(mirror.len(), 0);
+        let mut entered = 0;
+        for _ in 0..64 {
+            mirror.begin_cut();
+            dirty(&mut mirror, 3);
+            entered += mirror.len();
+            mirror.shun(PageAddr::new(0, 3));
+        }
+        assert_eq!(entered, 4);
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub mod frame;
 pub mod mirror;
 pub mod sum;
 
-mod blob;
+pub mod blob;
 mod diff;
 mod noise;
 mod writer;

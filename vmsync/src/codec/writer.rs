@@ -16,6 +16,8 @@ use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 const CHANGES_LEVEL: i32 = 1;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
+const WHOLE_HEAD_BYTES: usize = 4;
+const ENTRY_BYTES: usize = 6;
 /// Most bytes that one page adds to a frame of changes, besides its patch: two addresses and a word.
 const PAGE_EXTRA_BYTES: usize = 18;
 
@@ -23,7 +25,7 @@ const PAGE_EXTRA_BYTES: usize = 18;
 pub(super) struct FrameWriter {
     changes: Changes,
     packed: Whole,
-    plain: Whole,
+    plain: Plain,
     noise: NoiseFilter,
     packer: Option<Compressor<'static>>,
     changes_packer: Option<Compressor<'static>>,
@@ -56,7 +58,7 @@ impl FrameWriter {
         let mut writer = Self {
             changes: Changes::default(),
             packed: Whole::default(),
-            plain: Whole::default(),
+            plain: Plain::default(),
             noise: NoiseFilter::default(),
             packer: None,
             changes_packer: None,
@@ -108,29 +110,33 @@ impl FrameWriter {
         self.changes_grew(0);
     }
 
-    pub(super) fn data(&mut self, addr: PageAddr, page: &Page) {
-        let packs = self.packer.is_some();
-        if packs && self.noise.is_noise(page) {
+    /// Adds a whole page; true if it does not compress.
+    pub(super) fn data(&mut self, addr: PageAddr, page: &Page) -> bool {
+        let noise = self.packer.is_none() || self.noise.is_noise(page);
+        if noise {
             if self.noise.wants_probe() {
                 self.probe(page);
             }
             self.plain.push(addr, page);
+            if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
+                self.frames.push(self.plain.take());
+            }
         } else {
             self.packed.push(addr, page);
+            if usize::from(self.packed.pages) == MAX_WHOLE_PAGES {
+                self.write_packed();
+            }
         }
-        if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
-            self.write_plain();
-        }
-        if usize::from(self.packed.pages) == MAX_WHOLE_PAGES {
-            self.write_packed();
-        }
+        noise && self.packer.is_some()
     }
 
     /// Ends what was begun, and gives all frames.
     pub(super) fn finish(&mut self) -> Vec<Vec<u8>> {
         self.write_changes();
         self.write_packed();
-        self.write_plain();
+        if self.plain.pages > 0 {
+            self.frames.push(self.plain.take());
+        }
         std::mem::take(&mut self.frames)
     }
 
@@ -172,10 +178,6 @@ impl FrameWriter {
 
     fn write_packed(&mut self) {
         self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch));
-    }
-
-    fn write_plain(&mut self) {
-        self.frames.extend(self.plain.write(None, &mut self.scratch));
     }
 
     /// Compresses a page that was judged as noise, to learn from it.
@@ -232,7 +234,7 @@ impl Whole {
         if self.pages == 0 {
             return None;
         }
-        let mut out = Vec::with_capacity(4 + self.entries.len() + if packer.is_some() { 0 } else { self.data.len() });
+        let mut out = Vec::with_capacity(WHOLE_HEAD_BYTES + self.entries.len());
         out.extend_from_slice(&[WHOLE, RAW]);
         out.put_u16(self.pages);
         out.extend_from_slice(&self.entries);
@@ -241,6 +243,38 @@ impl Whole {
         self.entries.clear();
         self.data.clear();
         Some(out)
+    }
+}
+
+/// Whole pages that are not compressed: the frame is made in place, with room for the entries of a full one.
+#[derive(Default)]
+struct Plain {
+    pages: u16,
+    frame: Vec<u8>,
+}
+
+impl Plain {
+    const DATA_AT: usize = WHOLE_HEAD_BYTES + MAX_WHOLE_PAGES * ENTRY_BYTES;
+
+    fn push(&mut self, addr: PageAddr, page: &Page) {
+        if self.pages == 0 {
+            self.frame = Vec::with_capacity(Self::DATA_AT + MAX_WHOLE_PAGES * PAGE_SIZE);
+            self.frame.resize(Self::DATA_AT, 0);
+        }
+        let at = WHOLE_HEAD_BYTES + usize::from(self.pages) * ENTRY_BYTES;
+        self.frame[at..at + 4].copy_from_slice(&addr.page.get().to_le_bytes());
+        self.frame[at + 4..at + 6].copy_from_slice(&addr.block.get().to_le_bytes());
+        self.frame.extend_from_slice(page);
+        self.pages += 1;
+    }
+
+    fn take(&mut self) -> Vec<u8> {
+        let entries_end = WHOLE_HEAD_BYTES + usize::from(self.pages) * ENTRY_BYTES;
+        self.frame.drain(entries_end..Self::DATA_AT);
+        self.frame[..2].copy_from_slice(&[WHOLE, RAW]);
+        self.frame[2..4].copy_from_slice(&self.pages.to_le_bytes());
+        self.pages = 0;
+        std::mem::take(&mut self.frame)
     }
 }
 
