@@ -13,24 +13,26 @@
 //!   1   3  0
 //!   4   4  length of the payload
 //!   8   8  xxh3-64 of the payload, seeded with the xxh3-64 of bytes 0..8
-//!  16      payload: the frame or device state as it came over the wire; or, of a commit:
+//!  16      payload: the frame as it came over the wire; the device state, whole; or, of a commit:
 //!          u64 lineage, u64 term, u64 epoch, u32 count and u64 checksum of the chain of the epoch's records
 //! ```
 //! A redo log: an epoch is sealed once its commit record is durable. Replaying sealed epochs in order gives the
-//! image of the last one, however often and from whatever half-applied state, since pages are whole and absolute.
+//! image of the last one, however often and from whatever half-applied state: pages are whole, or changes that replace
+//! bytes. Each byte that differs from the image of the last applied epoch is written by the replay, the last time with
+//! its last value; all others have not changed.
 //! What follows the last commit record is an epoch that was never acknowledged, and is dropped.
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::bytes::{Put, Reader, Truncated};
-use crate::device_state::{DeviceState, HEAD_BYTES as DEVICE_STATE_HEAD_BYTES, MAX_DEVICE_STATE_BYTES};
-use crate::frame::{FrameDecoder, MAX_FRAME_BYTES, PagesFrame};
+use crate::codec::{FrameDecoder, MAX_FRAME_BYTES, PagesFrame};
+use crate::device_state::{DeviceState, MAX_ENCODED_BYTES};
 use crate::layout::RamLayout;
 use crate::units::{Epoch, GuestUuid, Lineage, Term};
 use crate::wire::Chain;
 
 /// Version of the journal's layout.
-pub const JOURNAL_VERSION: u16 = 1;
+pub const JOURNAL_VERSION: u16 = 2;
 /// Length of the journal's header, bytes.
 pub const JOURNAL_HEADER_BYTES: u64 = 40;
 
@@ -222,7 +224,7 @@ impl Scanner<'_> {
                 self.open.frames.push(frame);
             }
             DEVICE_STATE => {
-                let state = DeviceState::decode(payload).map_err(|_| "device state cannot be decoded")?;
+                let state = DeviceState::decode(payload, None).map_err(|_| "device state cannot be decoded")?;
                 self.open.device_state = Some(state);
             }
             _ => return self.seal(payload).map(Some),
@@ -250,7 +252,7 @@ fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'sta
     let len = u32::from_le_bytes(len) as usize;
     let max = match kind {
         PAGES => MAX_FRAME_BYTES,
-        DEVICE_STATE => DEVICE_STATE_HEAD_BYTES + MAX_DEVICE_STATE_BYTES,
+        DEVICE_STATE => MAX_ENCODED_BYTES,
         COMMIT => COMMIT_BYTES,
         _ => return Err("a record has an unknown kind"),
     };
@@ -279,7 +281,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::frame::FrameEncoder;
+    use crate::codec::{Encoder, MirrorBudget};
+    use crate::hashes::HashSeed;
     use crate::layout::RamBlock;
     use crate::units::PageAddr;
 
@@ -294,16 +297,14 @@ mod tests {
     }
 
     fn frame(page: u32, fill: u8) -> Vec<u8> {
-        let mut encoder = FrameEncoder::new(1);
-        assert!(encoder.push(PageAddr::new(0, page), &[fill; 4096]));
-        let mut out = Vec::new();
-        encoder.finish(&mut out);
-        out
+        let mut encoder = Encoder::new(&layout(), MirrorBudget::Bytes(0), HashSeed::new(1), 1);
+        encoder.whole(PageAddr::new(0, page), &[fill; 4096]);
+        encoder.finish().remove(0)
     }
 
     fn state(epoch: u64) -> Vec<u8> {
         let mut out = Vec::new();
-        DeviceState { running: true, bytes: epoch.to_le_bytes().to_vec().into() }.encode(0, &mut out).unwrap();
+        DeviceState { running: true, bytes: epoch.to_le_bytes().to_vec().into() }.encode_raw(&mut out).unwrap();
         out
     }
 
@@ -379,8 +380,8 @@ mod tests {
         let smaller = RamLayout::new(vec![RamBlock { name: "pc.ram".into(), len_bytes: 4096 }]).unwrap();
         assert_eq!(scan(&bytes, GUEST, &smaller), Err(JournalError::OtherLayout));
         let mut newer = bytes.clone();
-        newer[4] = 2;
-        assert_eq!(scan(&newer, GUEST, &layout()), Err(JournalError::Version(2)));
+        newer[4] = 3;
+        assert_eq!(scan(&newer, GUEST, &layout()), Err(JournalError::Version(3)));
     }
 
     proptest! {

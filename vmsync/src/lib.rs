@@ -5,7 +5,7 @@
 //! ```text
 //!  primary host                                             shadow host
 //!  cut, live reads --> source::Source                       target::Target --> journal, image, state record
-//!                        |  message, frame, device_state         ^
+//!                        |  message, codec, device_state         ^
 //!                        +-- wire::encode ~~~~ bytes ~~~~ wire::Decoder
 //! ```
 //!
@@ -90,7 +90,6 @@ mod bytes;
 pub mod batch;
 pub mod codec;
 pub mod device_state;
-pub mod frame;
 pub mod hashes;
 pub mod journal;
 pub mod layout;

@@ -20,8 +20,8 @@
 //! look the same. All fields are little-endian; a text is a u16 length and UTF-8.
 
 use crate::bytes::{Put, Reader, Truncated};
-use crate::device_state::{HEAD_BYTES as DEVICE_STATE_HEAD_BYTES, MAX_DEVICE_STATE_BYTES};
-use crate::frame::MAX_FRAME_BYTES;
+use crate::codec::MAX_FRAME_BYTES;
+use crate::device_state::MAX_ENCODED_BYTES;
 use crate::hashes::HashSeed;
 use crate::layout::{MAX_BLOCKS, MAX_NAME_BYTES, RamLayout};
 use crate::units::{BlockIndex, Epoch, GuestUuid, Lineage, PageAddr, PageIndex, Term};
@@ -42,7 +42,7 @@ pub type TargetMessage = Message<TargetBody>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceBody {
     Hello(Box<Hello>),
-    /// An encoded page frame ([`crate::frame`]).
+    /// An encoded page frame ([`crate::codec::frame`]).
     Pages(Vec<u8>),
     /// Encoded device state ([`crate::device_state`]).
     DeviceState(Vec<u8>),
@@ -125,6 +125,8 @@ pub enum RefuseCode {
     CannotPrepare,
     /// The source broke the protocol.
     Protocol,
+    /// Changes came that were made against other contents than the target has. All pages must be compared.
+    OutOfStep,
     /// A code of a later version.
     Other(u8),
 }
@@ -157,7 +159,7 @@ impl Body for SourceBody {
         Some(match kind {
             kind::HELLO => MAX_HELLO_BYTES,
             kind::PAGES => MAX_FRAME_BYTES,
-            kind::DEVICE_STATE => DEVICE_STATE_HEAD_BYTES + MAX_DEVICE_STATE_BYTES,
+            kind::DEVICE_STATE => MAX_ENCODED_BYTES,
             kind::COMMIT => 12,
             kind::HASH_REQUEST | kind::VERIFY_REQUEST => 8,
             kind::PING => 0,
@@ -304,6 +306,7 @@ impl RefuseCode {
             Self::UnknownGuest => 4,
             Self::CannotPrepare => 5,
             Self::Protocol => 6,
+            Self::OutOfStep => 7,
             Self::Other(code) => code,
         }
     }
@@ -316,6 +319,7 @@ impl RefuseCode {
             4 => Self::UnknownGuest,
             5 => Self::CannotPrepare,
             6 => Self::Protocol,
+            7 => Self::OutOfStep,
             other => Self::Other(other),
         }
     }
@@ -488,10 +492,10 @@ mod tests {
         };
         assert_eq!(first_error(b"GET / HTTP"), WireError::NotOurs(*b"GET "));
         let mut bytes = stream(&[SourceBody::Ping]);
-        bytes[4] = 2;
+        bytes[4] = 1;
         let error = first_error(&bytes[..6]);
-        assert_eq!(error, WireError::Version { ours: 1, theirs: 2 });
-        assert!(error.to_string().contains("this side speaks protocol 1, the other 2"));
+        assert_eq!(error, WireError::Version { ours: 2, theirs: 1 });
+        assert!(error.to_string().contains("this side speaks protocol 2, the other 1"));
         let wrong_way = stream(&[TargetBody::Pong]);
         assert_eq!(first_error(&wrong_way), WireError::UnknownKind(kind::PONG));
         let mut long = stream(&[SourceBody::Ping]);

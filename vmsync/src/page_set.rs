@@ -128,6 +128,12 @@ impl PageSet {
         self.len <= other.len && self.words.iter().zip(&other.words).all(|(mine, theirs)| mine & !theirs == 0)
     }
 
+    /// Whether a page is in both sets.
+    pub fn intersects(&self, other: &Self) -> bool {
+        self.assert_same_layout(other);
+        self.len > 0 && other.len > 0 && self.words.iter().zip(&other.words).any(|(mine, theirs)| mine & theirs != 0)
+    }
+
     /// The pages in order of block and page.
     pub fn iter(&self) -> impl Iterator<Item = PageAddr> + '_ {
         self.words.iter().enumerate().filter(|(_, word)| **word != 0).flat_map(move |(index, word)| {
@@ -348,6 +354,12 @@ mod tests {
                 });
                 prop_assert!(from_ranges.eq(model.iter().copied()));
                 prop_assert!(set.is_subset(&PageSet::full(&layout())));
+                prop_assert_eq!(set.intersects(&PageSet::full(&layout())), !model.is_empty());
+                let first = model.first().map(|p| set_of(&[*p])).unwrap_or_else(|| set_of(&[]));
+                prop_assert_eq!(set.intersects(&first), !model.is_empty());
+                let mut rest = PageSet::full(&layout());
+                rest.subtract(&set);
+                prop_assert!(!set.intersects(&rest));
             }
         }
     }

@@ -85,7 +85,7 @@ impl StateRecord {
             out.put_u64(commit.epoch.get());
             let mut encoded = Vec::new();
             // Raw: this is written with every epoch. Its length was checked when it came in.
-            let fits = state.encode(0, &mut encoded);
+            let fits = state.encode_raw(&mut encoded);
             debug_assert!(fits.is_ok());
             out.put_u32(encoded.len() as u32);
             out.extend_from_slice(&encoded);
@@ -139,7 +139,7 @@ fn decode_committed(reader: &mut Reader<'_>) -> Result<(Commit, DeviceState), St
         epoch: Epoch::new(reader.u64()?),
     };
     let len = reader.u32()? as usize;
-    Ok((commit, DeviceState::decode(reader.take(len)?)?))
+    Ok((commit, DeviceState::decode(reader.take(len)?, None)?))
 }
 
 #[cfg(test)]

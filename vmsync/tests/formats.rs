@@ -1,13 +1,13 @@
-//! Bytes of version 1, as in `fixtures/vmsync`: a change that would make two builds misunderstand each other, or a
-//! restarted agent its own files, fails here. If it is meant, it needs a new version number and new fixtures.
+//! Bytes of this version, as in `fixtures/vmsync`: a change that would make two builds misunderstand each other, or a
+//! restarted agent its own files, fails here. If it is meant, it needs a new version number and new fixtures; those of older versions stay.
 
+use vmsync::codec::{Encoder, MirrorBudget};
 use vmsync::device_state::DeviceState;
-use vmsync::frame::FrameEncoder;
 use vmsync::hashes::HashSeed;
-use vmsync::journal::{Commit, RecordEncoder, encode_header, scan};
+use vmsync::journal::{Commit, JournalError, RecordEncoder, encode_header, scan};
 use vmsync::message::{Hello, ImageState, RefuseCode, SourceBody, TargetBody};
 use vmsync::state_record::{ImageRecord, StateRecord};
-use vmsync::wire::{Body, Chain, Decoder, Encoded, encode};
+use vmsync::wire::{Body, Chain, Decoder, Encoded, WireError, encode};
 use vmsync::{Epoch, GuestUuid, Lineage, PageAddr, RamBlock, RamLayout, Term};
 
 const GUEST: GuestUuid = GuestUuid::from_bytes(*b"0123456789abcdef");
@@ -27,17 +27,20 @@ fn device_state() -> DeviceState {
 
 fn encoded_state() -> Vec<u8> {
     let mut out = Vec::new();
-    device_state().encode(0, &mut out).unwrap();
+    device_state().encode(None, &mut out).unwrap();
     out
 }
 
 fn frame() -> Vec<u8> {
-    let mut encoder = FrameEncoder::new(0);
-    assert!(encoder.push(PageAddr::new(0, 258), &[0; 4096]));
-    assert!(encoder.push(PageAddr::new(1, 1), &[0; 4096]));
-    let mut out = Vec::new();
-    encoder.finish(&mut out);
-    out
+    let mut encoder = Encoder::new(&layout(), MirrorBudget::Full, HashSeed::new(1), 0);
+    let mut page = [7; 4096];
+    encoder.page(PageAddr::new(1, 0), &page);
+    encoder.finish();
+    page[0x123] = 8;
+    encoder.page(PageAddr::new(0, 258), &[0; 4096]);
+    encoder.page(PageAddr::new(1, 0), &page);
+    encoder.page(PageAddr::new(1, 1), &[9; 4096]);
+    encoder.finish().remove(0)
 }
 
 fn source_bodies() -> Vec<SourceBody> {
@@ -108,19 +111,38 @@ fn check_wire<B: Body + PartialEq + std::fmt::Debug>(bodies: &[B], fixture: &str
 }
 
 #[test]
-fn wire_version_1() {
-    check_wire(&source_bodies(), include_str!("../../fixtures/vmsync/wire-1-source.hex"));
-    check_wire(&target_bodies(), include_str!("../../fixtures/vmsync/wire-1-target.hex"));
+fn wire_version_2() {
+    check_wire(&source_bodies(), include_str!("../../fixtures/vmsync/wire-2-source.hex"));
+    check_wire(&target_bodies(), include_str!("../../fixtures/vmsync/wire-2-target.hex"));
+}
+
+/// A build of version 1 is told apart at its first bytes.
+#[test]
+fn wire_version_1_is_refused_by_its_number() {
+    let mut lines = 0;
+    for line in include_str!("../../fixtures/vmsync/wire-1-source.hex").lines() {
+        let mut decoder = Decoder::<SourceBody>::new();
+        decoder.push(&unhex(line)[..6]);
+        assert_eq!(decoder.next().unwrap_err(), WireError::Version { ours: 2, theirs: 1 });
+        lines += 1;
+    }
+    assert_eq!(lines, 7);
 }
 
 #[test]
-fn journal_version_1() {
-    let fixture = include_str!("../../fixtures/vmsync/journal-1.hex");
+fn journal_version_2() {
+    let fixture = include_str!("../../fixtures/vmsync/journal-2.hex");
     assert_eq!(hex([&journal()[..]]), fixture);
     let scan = scan(&unhex(fixture.trim()), GUEST, &layout()).unwrap();
     assert_eq!(scan.epochs.len(), 1);
     assert_eq!((scan.epochs[0].commit, &scan.epochs[0].device_state), (commit(), &device_state()));
-    assert_eq!(scan.epochs[0].frames[0].len(), 2);
+    assert_eq!(scan.epochs[0].frames[0].len(), 3);
+}
+
+#[test]
+fn journal_version_1_is_refused_by_its_number() {
+    let fixture = include_str!("../../fixtures/vmsync/journal-1.hex");
+    assert_eq!(scan(&unhex(fixture.trim()), GUEST, &layout()), Err(JournalError::Version(1)));
 }
 
 #[test]

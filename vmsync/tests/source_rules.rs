@@ -1,5 +1,6 @@
 //! What a source asks of its driver and tells its peers, step by step.
 
+use vmsync::codec::MirrorBudget;
 use vmsync::message::{ImageState, RefuseCode, SourceBody, TargetBody};
 use vmsync::source::{
     CloseReason, Cut, CutPlan, PeerState, ReadId, Source, SourceAlarm, SourceConfig, SourceConfigError, SourceEffect,
@@ -22,6 +23,7 @@ fn config() -> SourceConfig {
         layout: layout(),
         description: vec![],
         zstd_level: 1,
+        mirror: MirrorBudget::Full,
         limits: SourceLimits { live_batch_pages: 30, join_pages: 5, in_flight_epochs: 2, ..SourceLimits::default() },
     }
 }
@@ -159,7 +161,7 @@ fn sent(effects: &[SourceEffect]) -> Vec<SourceBody> {
 }
 
 fn pages_sent(effects: &[SourceEffect]) -> usize {
-    let mut decoder = vmsync::frame::FrameDecoder::new();
+    let mut decoder = vmsync::codec::FrameDecoder::new();
     let frames = sent(effects);
     let frames = frames.iter().filter_map(|b| if let SourceBody::Pages(f) = b { Some(f) } else { None });
     frames.map(|f| decoder.decode(f, &layout()).unwrap().len()).sum()

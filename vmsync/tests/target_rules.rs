@@ -1,7 +1,7 @@
 //! What a target accepts, refuses and promises, message by message.
 
+use vmsync::codec::{Encoder, MirrorBudget};
 use vmsync::device_state::DeviceState;
-use vmsync::frame::FrameEncoder;
 use vmsync::hashes::HashSeed;
 use vmsync::message::{Hello, ImageState, RefuseCode, SourceBody, TargetBody};
 use vmsync::target::{
@@ -39,16 +39,16 @@ fn hello(lineage: u64) -> SourceBody {
 }
 
 fn pages(first: u32, count: u32) -> SourceBody {
-    let mut encoder = FrameEncoder::new(0);
-    (first..first + count).for_each(|i| assert!(encoder.push(PageAddr::new(0, i), &[1; 4096])));
-    let mut out = Vec::new();
-    encoder.finish(&mut out);
-    SourceBody::Pages(out)
+    let mut encoder = Encoder::new(&layout(), MirrorBudget::Bytes(0), HashSeed::new(1), 0);
+    // Different in all words, so that it goes as it is.
+    let page = std::array::from_fn(|i| (i / 8 % 255) as u8);
+    (first..first + count).for_each(|i| encoder.whole(PageAddr::new(0, i), &page));
+    SourceBody::Pages(encoder.finish().remove(0))
 }
 
 fn device_state() -> SourceBody {
     let mut out = Vec::new();
-    DeviceState { running: true, bytes: b"QEVM"[..].into() }.encode(0, &mut out).unwrap();
+    DeviceState { running: true, bytes: b"QEVM"[..].into() }.encode(None, &mut out).unwrap();
     SourceBody::DeviceState(out)
 }
 
@@ -194,7 +194,7 @@ fn bad_frames_and_messages_out_of_place_close_the_connection() {
     let frame = |bytes: &[u8]| SourceBody::Pages(bytes.to_vec());
     for body in [
         frame(&[]),
-        frame(&[1, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0]), // page 64 of 64
+        frame(&[2, 0, 1, 0, 64, 0, 0, 0, 0, 0]), // page 64 of 64
         SourceBody::DeviceState(vec![9; 20]),
         SourceBody::VerifyRequest { seed: HashSeed::new(1) }, // of epoch 9
         hello(50),

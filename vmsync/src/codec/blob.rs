@@ -15,7 +15,8 @@ use zstd::bulk::{Compressor, Decompressor};
 use super::diff::{Difference, compare, take_runs};
 use crate::bytes::{Put, Reader};
 
-const RAW: u8 = 0;
+/// The string as it is.
+pub const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 const CHANGES: u8 = 2;
 const CHANGES_ZSTD: u8 = 3;
@@ -47,14 +48,16 @@ pub fn encode(bytes: &[u8], former: Option<&[u8]>, out: &mut Vec<u8>) -> u8 {
             out.extend_from_slice(&packed);
             encoding
         }
-        None => encode_raw(bytes, out),
+        None => {
+            out.extend_from_slice(bytes);
+            RAW
+        }
     }
 }
 
-/// Appends the string as it is.
-pub fn encode_raw(bytes: &[u8], out: &mut Vec<u8>) -> u8 {
-    out.extend_from_slice(bytes);
-    RAW
+/// Whether the encoding can only be read by who has the former string.
+pub fn needs_former(encoding: u8) -> bool {
+    matches!(encoding, CHANGES | CHANGES_ZSTD | WITH_FORMER)
 }
 
 fn encode_changes(bytes: &[u8], former: &[u8], out: &mut Vec<u8>) -> Option<u8> {

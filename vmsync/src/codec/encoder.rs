@@ -91,6 +91,7 @@ impl Encoder {
     /// Codes a dirty page against its previous contents, which these become.
     pub fn page(&mut self, addr: PageAddr, page: &Page) -> PageFate {
         self.mirror.touch(addr);
+        self.mirror.set_stale(addr, false);
         let fate = match one_word(page) {
             Some(word) => self.filled(addr, page, word),
             None => self.page_with_contents(addr, page),
@@ -127,15 +128,27 @@ impl Encoder {
         self.mirror.get(addr).map(|previous| previous == page)
     }
 
-    /// Forgets the page's previous contents: next time it goes whole.
+    /// Forgets the page's previous contents and their hash: next time it goes whole, whatever it holds.
     pub fn forget(&mut self, addr: PageAddr) {
         self.mirror.forget(addr);
         self.hashes.forget(addr);
     }
 
+    /// Forgets the page's previous contents as the base of a patch.
+    pub fn forget_base(&mut self, addr: PageAddr) {
+        self.mirror.forget(addr);
+    }
+
     /// Forgets what is only known by its hash.
     pub fn forget_hash(&mut self, addr: PageAddr) {
         self.hashes.forget(addr);
+    }
+
+    /// The page was written, and its contents at that cut are not known. Previous contents are what shadows hold, so
+    /// those of the mirror stay; a hash stands for the contents of the last cut and does not.
+    pub fn unknown_contents(&mut self, addr: PageAddr) {
+        self.hashes.forget(addr);
+        self.mirror.set_stale(addr, true);
     }
 
     pub fn stats(&self) -> CodecStats {
@@ -205,6 +218,11 @@ impl Encoder {
         let hash = hash_page(seed, page);
         self.hashes.set(addr, hash) == Some(hash)
     }
+}
+
+/// True if all bytes of the page are zero.
+pub fn is_zero(page: &Page) -> bool {
+    one_word(page) == Some(0)
 }
 
 /// The word that the page consists of.

@@ -66,6 +66,8 @@ struct Account(u64);
 struct Slot {
     /// Number of the page among all pages; [`Slot::FREE`]: none.
     page: u32,
+    /// The page was written since, and nobody knows what: these are not the contents that it had at the last cut.
+    stale: bool,
     sum: u64,
 }
 
@@ -148,13 +150,13 @@ impl Mirror {
         Some(Held { page, sum: &mut self.slots[slot].sum })
     }
 
-    /// Puts a page in that is not there, if there is room or a colder one; `put_out` is given the page that had to go.
-    /// Its sum is 0 until it is set.
+    /// Puts a page in that is not there, if there is room or a colder one; `put_out` is given the page that had to go,
+    /// unless it is stale. Its sum is 0 until it is set.
     pub(super) fn admit(&mut self, addr: PageAddr, page: &Page, put_out: impl FnOnce(PageAddr, &Page)) -> bool {
         let Some(index) = self.index(addr).filter(|i| self.may_enter(*i)) else { return false };
         let Some(slot) = self.room_for(index, put_out) else { return false };
         // A page's number fits in 32 bits, or it would not be in a layout.
-        self.slots[slot] = Slot { page: index as u32, sum: 0 };
+        self.slots[slot] = Slot { page: index as u32, stale: false, sum: 0 };
         self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES] = *page;
         self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
         true
@@ -165,6 +167,13 @@ impl Mirror {
         let shunned =
             account.0 & Account::SHUNNED != 0 && !(index + usize::from(self.clock)).is_multiple_of(TRY_AGAIN_CUTS);
         account.slot().is_none() && !shunned
+    }
+
+    /// The page was written, and its contents at that cut were not taken. What is held stays the base of patches.
+    pub(super) fn set_stale(&mut self, addr: PageAddr, stale: bool) {
+        if let Some(slot) = self.index(addr).and_then(|index| Account(self.pages[index]).slot()) {
+            self.slots[slot].stale = stale;
+        }
     }
 
     /// Takes a page out.
@@ -205,7 +214,7 @@ impl Mirror {
                 let pages = SLAB_PAGES.min(self.slots_max - slot);
                 self.slabs.push(vec![[0; PAGE_SIZE]; pages]);
             }
-            self.slots.push(Slot { page: Slot::FREE, sum: 0 });
+            self.slots.push(Slot { page: Slot::FREE, stale: false, sum: 0 });
             return Some(slot);
         }
         if self.slots.is_empty() {
@@ -218,7 +227,9 @@ impl Mirror {
         }
         let victim = self.slots[slot].page as usize;
         let addr = self.layout.addr(victim as u64)?;
-        put_out(addr, &self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES]);
+        if !self.slots[slot].stale {
+            put_out(addr, &self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES]);
+        }
         self.pages[victim] = Account(self.pages[victim]).with_slot(None).0;
         Some(slot)
     }

@@ -24,7 +24,7 @@ mod noise;
 mod writer;
 
 pub use diff::Patch;
-pub use encoder::{CodecStats, Encoder, PageFate};
+pub use encoder::{CodecStats, Encoder, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
 pub use mirror::MirrorBudget;
 pub use sum::KnownPages;

@@ -3,9 +3,9 @@
 use super::peer::Reading;
 use super::{ReadId, Source, SourceEffect};
 use crate::batch::PageBatch;
-use crate::frame::FrameEncoder;
+use crate::codec::Encoder;
 use crate::message::KIND_PAGES;
-use crate::units::{Epoch, Page, PageAddr, PeerId, Term};
+use crate::units::{Epoch, PeerId, Term};
 use crate::wire::{Encoded, encode_with};
 
 impl Source {
@@ -39,7 +39,7 @@ impl Source {
         // An answer to a read that was abandoned: its pages are pending again, or came with the joining cut.
         let Some(asked) = peer.reading.take_if(|r| r.id == read) else { return };
         let mut done = vec![false; asked.pages.len()];
-        let mut frames = Frames::new(&mut self.encoder, self.config.term, self.last_epoch);
+        let mut raw_bytes = 0;
         for (addr, page) in pages.iter() {
             let Ok(index) = asked.pages.binary_search(&addr) else { continue };
             if std::mem::replace(&mut done[index], true) {
@@ -49,19 +49,21 @@ impl Source {
             if peer.pending.contains(addr) {
                 continue;
             }
+            // From here on the peer holds what was read, sent or not.
+            peer.set_apart(addr, self.encoder.is_previous(addr, page) == Some(false));
             if peer.filter.as_ref().is_some_and(|filter| filter.peer_has(addr, page, self.seed)) {
                 continue;
             }
-            frames.push(addr, page);
+            self.encoder.whole(addr, page);
+            raw_bytes += page.len() as u64;
             peer.open.insert_known(&[addr]);
             if let Some(filter) = &mut peer.filter {
                 filter.sent(addr);
             }
         }
-        let frames = frames.finish();
-        self.totals.raw_bytes += frames.raw_bytes;
-        for message in &frames.messages {
-            peer.send_chained(message, effects);
+        self.totals.raw_bytes += raw_bytes;
+        for message in messages(&mut self.encoder, self.config.term, self.last_epoch) {
+            peer.send_chained(&message, effects);
         }
         // What could not be read is asked for again.
         for (addr, _) in asked.pages.iter().zip(done).filter(|(_, done)| !done) {
@@ -71,46 +73,13 @@ impl Source {
     }
 }
 
-/// Packs pages into `Pages` messages.
-pub(super) struct Frames<'a> {
-    encoder: &'a mut FrameEncoder,
-    term: Term,
-    epoch: Epoch,
-    done: EncodedFrames,
-}
-
-#[derive(Default)]
-pub(super) struct EncodedFrames {
-    pub(super) messages: Vec<Encoded>,
-    pub(super) raw_bytes: u64,
-}
-
-impl<'a> Frames<'a> {
-    pub(super) fn new(encoder: &'a mut FrameEncoder, term: Term, epoch: Epoch) -> Self {
-        Self { encoder, term, epoch, done: EncodedFrames::default() }
-    }
-
-    pub(super) fn push(&mut self, addr: PageAddr, page: &Page) {
-        self.done.raw_bytes += page.len() as u64;
-        if !self.encoder.push(addr, page) {
-            self.flush();
-            let pushed = self.encoder.push(addr, page);
-            debug_assert!(pushed, "a frame just begun has room");
-        }
-    }
-
-    pub(super) fn finish(mut self) -> EncodedFrames {
-        self.flush();
-        self.done
-    }
-
-    fn flush(&mut self) {
-        if !self.encoder.is_empty() {
-            let encoder = &mut *self.encoder;
-            self.done.messages.push(encode_with(self.term, self.epoch, |out| {
-                encoder.finish(out);
-                KIND_PAGES
-            }));
-        }
-    }
+/// Turns what the encoder has made into `Pages` messages.
+pub(super) fn messages(encoder: &mut Encoder, term: Term, epoch: Epoch) -> Vec<Encoded> {
+    let message = |frame: Vec<u8>| {
+        encode_with(term, epoch, |out| {
+            out.extend_from_slice(&frame);
+            KIND_PAGES
+        })
+    };
+    encoder.finish().into_iter().map(message).collect()
 }

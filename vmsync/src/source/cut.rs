@@ -2,22 +2,31 @@
 
 use std::sync::Arc;
 
-use super::catch_up::{EncodedFrames, Frames};
+use super::catch_up::messages;
 use super::peer::{InFlight, Peer, Phase};
 use super::{Cut, CutPlan, Source, SourceAlarm, SourceEffect};
+use crate::codec::PageFate;
 use crate::device_state::{DeviceState, MAX_DEVICE_STATE_BYTES};
 use crate::hashes::hash_page;
 use crate::message::{KIND_DEVICE_STATE, SourceBody};
 use crate::page_set::PageSet;
-use crate::units::{Millis, PeerId};
+use crate::units::{Epoch, Millis, PAGE_SIZE_U64, PeerId, Term};
 use crate::wire::{Encoded, encode, encode_with};
 
-/// Of one cut: what goes to all peers.
+/// Of one cut: what goes to all peers that are in step.
 struct Common {
-    /// Dirty pages whose contents differ from those of the cut before.
-    pages: Arc<PageSet>,
-    frames: EncodedFrames,
-    device_state: Encoded,
+    frames: Vec<Encoded>,
+    /// Pages in the frames.
+    coded: Arc<PageSet>,
+    /// Pages that have the mirror's contents.
+    same: PageSet,
+    /// All pages that were looked at.
+    seen: PageSet,
+    /// Nobody is streaming: the frames were made for those who join.
+    for_joining: bool,
+    state: DeviceState,
+    state_whole: Option<Encoded>,
+    state_changes: Option<Encoded>,
 }
 
 impl Source {
@@ -57,9 +66,7 @@ impl Source {
     pub(super) fn collected(&mut self, dirty: &PageSet, effects: &mut Vec<SourceEffect>) {
         self.skipped_plans = 0;
         self.totals.count_dirty(dirty.len());
-        for addr in dirty.iter() {
-            self.cut_hashes.forget(addr);
-        }
+        dirty.iter().for_each(|addr| self.encoder.unknown_contents(addr));
         if let Some(verify) = &mut self.verify {
             verify.forget(dirty);
         }
@@ -81,13 +88,16 @@ impl Source {
         self.skipped_plans = 0;
         self.totals.epochs += 1;
         self.totals.count_dirty(cut.dirty.len());
-        let changed = self.hash_contents(&cut);
+        self.hash_for_verification(&cut);
         let takers = self.takers(&cut, &covered);
-        if !takers.is_empty() {
-            let common = self.encode_common(&cut, changed)?;
+        if takers.is_empty() {
+            cut.dirty.iter().for_each(|addr| self.encoder.unknown_contents(addr));
+        } else {
+            let mut common = self.encode_common(&cut, &covered, &takers);
             for id in &takers {
-                self.send_epoch(id, &cut, &common, effects);
+                self.send_epoch(id, &cut, &covered, &mut common, effects);
             }
+            self.former_state = Some((cut.epoch, common.state));
         }
         let limits = &self.config.limits;
         for peer in self.peers.values_mut().filter(|p| !takers.contains(&p.id)) {
@@ -119,29 +129,12 @@ impl Source {
         Ok(covered)
     }
 
-    /// Records the hashes of all contents of the cut; returns the dirty pages that changed since the last cut.
-    ///
-    /// A page whose hash is that of the last cut at which it was recorded need not go to a streaming peer: it was
-    /// either dirty at every cut since, or clean in between and so unchanged; the peer has the contents of the
-    /// last cut. Cuts without contents forget the hash.
-    fn hash_contents(&mut self, cut: &Cut) -> PageSet {
-        let mut changed = PageSet::new(&self.config.layout);
-        let mut seen = PageSet::new(&self.config.layout);
-        for (addr, page) in cut.pages.iter().chain(cut.extras.iter()) {
-            if seen.insert(addr) != Ok(true) {
-                continue;
-            }
-            let hash = hash_page(self.seed, page);
-            let former = self.cut_hashes.set(addr, hash);
-            let dirty = cut.dirty.contains(addr);
-            if dirty && former != Some(hash) {
-                changed.insert_known(&[addr]);
-            }
-            if let Some(verify) = &mut self.verify {
-                verify.set_at_cut(addr, hash);
+    fn hash_for_verification(&mut self, cut: &Cut) {
+        if let Some(verify) = &mut self.verify {
+            for (addr, page) in cut.extras.iter().chain(cut.pages.iter()) {
+                verify.set_at_cut(addr, hash_page(self.seed, page));
             }
         }
-        changed
     }
 
     /// Peers that get this epoch: streaming ones with room, and those that need nothing the cut does not hold.
@@ -159,64 +152,111 @@ impl Source {
         self.peers.values().filter(takes).map(|p| p.id.clone()).collect()
     }
 
-    fn encode_common(&mut self, cut: &Cut, changed: PageSet) -> Result<Common, SourceAlarm> {
-        let term = self.config.term;
-        let mut packed = PageSet::new(&self.config.layout);
-        let mut frames = Frames::new(&mut self.encoder, term, cut.epoch);
-        for (addr, page) in cut.pages.iter().chain(cut.extras.iter()) {
-            if changed.contains(addr) && packed.insert(addr) == Ok(true) {
-                frames.push(addr, page);
+    /// Codes the cut against the mirror, which then holds the cut.
+    fn encode_common(&mut self, cut: &Cut, covered: &PageSet, takers: &[PeerId]) -> Common {
+        let layout = &self.config.layout;
+        let is_taker = |peer: &&Peer| takers.contains(&peer.id);
+        let for_joining = !self.peers.values().filter(is_taker).any(Peer::is_streaming);
+        if for_joining {
+            let mut apart = PageSet::new(layout);
+            self.peers.values().filter(is_taker).for_each(|peer| apart.union_with(&peer.apart));
+            for addr in covered.iter() {
+                self.encoder.forget_hash(addr);
+                if apart.contains(addr) {
+                    self.encoder.forget_base(addr);
+                }
             }
         }
-        let frames = frames.finish();
-        self.totals.raw_bytes += frames.raw_bytes;
-        let state = DeviceState { running: cut.running, bytes: cut.device_state.clone() };
-        let mut too_long = false;
-        let device_state = encode_with(term, cut.epoch, |out| {
-            too_long = state.encode(self.config.zstd_level, out).is_err();
-            KIND_DEVICE_STATE
-        });
-        if too_long {
-            return Err(SourceAlarm::DeviceState(cut.device_state.len()));
+        let [mut seen, mut coded, mut same] = [(); 3].map(|()| PageSet::new(layout));
+        self.encoder.begin_cut();
+        for (addr, page) in cut.pages.iter().chain(cut.extras.iter()) {
+            // Who streams has all that is not dirty.
+            if !for_joining && !cut.dirty.contains(addr) || seen.insert(addr) != Ok(true) {
+                continue;
+            }
+            match self.encoder.page(addr, page) {
+                PageFate::Same => same.insert_known(&[addr]),
+                PageFate::SameByHash => {}
+                PageFate::Coded { .. } => coded.insert_known(&[addr]),
+            }
         }
-        Ok(Common { pages: Arc::new(changed), frames, device_state })
+        let frames = messages(&mut self.encoder, self.config.term, cut.epoch);
+        self.totals.raw_bytes += coded.len() * PAGE_SIZE_U64;
+        let mut changed = seen.clone();
+        changed.subtract(&same);
+        for peer in self.peers.values_mut().filter(|peer| !takers.contains(&peer.id)) {
+            peer.apart.union_with(&changed);
+        }
+        let state = DeviceState { running: cut.running, bytes: cut.device_state.clone() };
+        let coded = Arc::new(coded);
+        Common { frames, coded, same, seen, for_joining, state, state_whole: None, state_changes: None }
     }
 
     /// Sends one peer all it lacks of this epoch.
-    fn send_epoch(&mut self, id: &PeerId, cut: &Cut, common: &Common, effects: &mut Vec<SourceEffect>) {
+    fn send_epoch(
+        &mut self,
+        id: &PeerId,
+        cut: &Cut,
+        covered: &PageSet,
+        common: &mut Common,
+        effects: &mut Vec<SourceEffect>,
+    ) {
+        let term = self.config.term;
         let Some(peer) = self.peers.get_mut(id) else { return };
-        let mut sent = common.pages.clone();
-        for message in &common.frames.messages {
-            peer.send_chained(message, effects);
+        let mut sent = common.coded.clone();
+        let in_step = peer.is_streaming() || common.for_joining || !peer.apart.intersects(&common.seen);
+        if in_step {
+            for message in &common.frames {
+                peer.send_chained(message, effects);
+            }
         }
         if peer.is_catching_up() {
             // A live read under way is overtaken: the cut holds its pages, its answer will be ignored.
             peer.abandon_read();
             let mut needs = std::mem::replace(&mut peer.pending, PageSet::new(&self.config.layout));
             needs.union_with(&cut.dirty);
-            needs.subtract(&common.pages);
-            let mut all = PageSet::clone(&common.pages);
-            all.union_with(&needs);
+            if in_step {
+                needs.subtract(&common.coded);
+                needs.subtract(&common.same);
+            } else {
+                let mut known = common.same.clone();
+                known.subtract(&peer.apart);
+                needs.subtract(&known);
+            }
+            let mut all = needs.clone();
             all.union_with(&peer.open);
-            peer.open.clear();
+            if in_step {
+                all.union_with(&common.coded);
+            }
             sent = Arc::new(all);
-            let mut frames = Frames::new(&mut self.encoder, self.config.term, cut.epoch);
+            self.totals.raw_bytes += needs.len() * PAGE_SIZE_U64;
             for (addr, page) in cut.pages.iter().chain(cut.extras.iter()) {
                 if needs.remove(addr) {
-                    frames.push(addr, page);
+                    self.encoder.whole(addr, page);
                 }
             }
-            let frames = frames.finish();
-            self.totals.raw_bytes += frames.raw_bytes;
-            for message in &frames.messages {
-                peer.send_chained(message, effects);
+            for message in messages(&mut self.encoder, term, cut.epoch) {
+                peer.send_chained(&message, effects);
             }
+            // On pages of the cut it is in step now; on others the mirror gives in.
+            peer.apart.subtract(covered);
+            peer.apart.iter().for_each(|addr| self.encoder.forget_base(addr));
+            peer.apart.clear();
+            peer.open.clear();
             peer.phase = Phase::Streaming;
             peer.filter = None;
         }
-        peer.send_chained(&common.device_state, effects);
+        let former = self.former_state.as_ref().filter(|(epoch, _)| peer.state_of == Some(*epoch));
+        let state = match former {
+            Some((_, former)) => {
+                common.state_changes.get_or_insert_with(|| encode_state(term, cut.epoch, &common.state, Some(former)))
+            }
+            None => common.state_whole.get_or_insert_with(|| encode_state(term, cut.epoch, &common.state, None)),
+        };
+        peer.send_chained(state, effects);
+        peer.state_of = Some(cut.epoch);
         let chain = std::mem::take(&mut peer.chain);
-        peer.send(&encode(self.config.term, cut.epoch, &SourceBody::Commit(chain)), effects);
+        peer.send(&encode(term, cut.epoch, &SourceBody::Commit(chain)), effects);
         peer.in_flight.push_back(InFlight { epoch: cut.epoch, cut_at: cut.at, pages: sent });
     }
 
@@ -226,4 +266,13 @@ impl Source {
             self.pump(&id, effects);
         }
     }
+}
+
+fn encode_state(term: Term, epoch: Epoch, state: &DeviceState, former: Option<&DeviceState>) -> Encoded {
+    encode_with(term, epoch, |out| {
+        // Its length was checked when the cut came in.
+        let encoded = state.encode(former, out);
+        debug_assert!(encoded.is_ok());
+        KIND_DEVICE_STATE
+    })
 }

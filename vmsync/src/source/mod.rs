@@ -13,6 +13,20 @@
 //! enough are left, the next cut is asked to hold them as extras ([`CutPlan::Cut`]); with it the peer has all of
 //! that epoch and joins. In *Streaming* it gets each epoch's pages, encoded once for all peers. A peer that does not
 //! keep up falls back to *CatchUp*, where its epochs coalesce; nobody waits for it.
+//!
+//! # What changes are made against
+//! There is one mirror of previous contents, for all peers. Of each peer the source knows where it is *apart*: the
+//! pages of the mirror whose contents at the peer, once all that was sent has arrived, may be others.
+//! - A cut that is sent makes its contents the mirror's. Who gets it is no longer apart on its pages; who does not is,
+//!   on all that changed.
+//! - A page that was read live and sent is compared with the mirror: equal, or apart.
+//! - What was lost with a connection is apart. Of an image that is not known everything is.
+//! - A collection changes nothing here: peers still hold what they held, and so does the mirror.
+//!
+//! A streaming peer is apart on nothing, so changes encoded once are good for all of them. A peer that joins gets
+//! whole pages of its own, unless it is not apart on any page of that cut: then it takes what the others get. When
+//! nobody streams, the mirror forgets what those who join are apart on. On pages of which the cut holds nothing the
+//! mirror forgets what a joining peer is apart on: the next time they go whole to everybody.
 
 mod catch_up;
 mod cut;
@@ -28,9 +42,10 @@ pub use verify::{NotCompared, PeerVerdict, VerifyReport};
 pub use view::{PeerState, PeerView, SourceTotals};
 
 use crate::batch::PageBatch;
+use crate::codec::{CodecStats, Encoder, MirrorBudget};
+use crate::device_state::DeviceState;
 use crate::device_state::MAX_DEVICE_STATE_BYTES;
-use crate::frame::FrameEncoder;
-use crate::hashes::{HashSeed, HashTable};
+use crate::hashes::HashSeed;
 use crate::layout::RamLayout;
 use crate::message::{MAX_DESCRIPTION_BYTES, RefuseCode, TargetMessage};
 use crate::page_set::PageSet;
@@ -53,8 +68,10 @@ pub struct SourceConfig {
     pub layout: RamLayout,
     /// Handed to the target's driver as it is; at most [`MAX_DESCRIPTION_BYTES`].
     pub description: Vec<u8>,
-    /// See [`FrameEncoder::new`].
+    /// See [`Encoder::set_level`].
     pub zstd_level: i32,
+    /// Memory for previous contents of pages.
+    pub mirror: MirrorBudget,
     pub limits: SourceLimits,
 }
 
@@ -268,10 +285,11 @@ pub struct Source {
     config: SourceConfig,
     seed: HashSeed,
     peers: BTreeMap<PeerId, Peer>,
-    encoder: FrameEncoder,
-    /// Hashes of pages as of the last cut that brought their contents. Never set from live reads: a streaming peer
+    /// Knows the contents of pages as of the last cut that brought them. Never set from live reads: a streaming peer
     /// must have seen exactly that content.
-    cut_hashes: HashTable,
+    encoder: Encoder,
+    /// Of the last epoch that was sent.
+    former_state: Option<(Epoch, DeviceState)>,
     last_epoch: Epoch,
     /// Plans without a cut or collection since the last one.
     skipped_plans: u32,
@@ -304,8 +322,8 @@ impl Source {
         Ok(Self {
             seed: config.lineage.into(),
             peers: BTreeMap::new(),
-            encoder: FrameEncoder::new(config.zstd_level),
-            cut_hashes: HashTable::new(&config.layout),
+            encoder: Encoder::new(&config.layout, config.mirror, config.lineage.into(), config.zstd_level),
+            former_state: None,
             last_epoch: Epoch::NONE,
             // The tracker has run since before this source was made: as if many plans had been skipped.
             skipped_plans: u32::MAX,
@@ -353,6 +371,11 @@ impl Source {
     /// The last epoch that was cut with contents.
     pub fn last_epoch(&self) -> Epoch {
         self.last_epoch
+    }
+
+    /// What coding came to so far, and how full the mirror is.
+    pub fn codec_stats(&self) -> CodecStats {
+        self.encoder.stats()
     }
 
     fn new_read(&mut self) -> ReadId {

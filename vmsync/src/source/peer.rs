@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::{ReadId, SourceEffect, SourceLimits};
-use crate::frame::is_zero;
+use crate::codec::is_zero;
 use crate::hashes::{HashSeed, HashTable, hash_page};
 use crate::layout::RamLayout;
 use crate::page_set::PageSet;
@@ -22,6 +22,13 @@ pub(super) struct Peer {
     /// Epochs sent and not acknowledged, oldest first, each with what was sent for it: lost with the connection
     /// unless the peer comes back with that epoch. Kept while disconnected, to find out.
     pub(super) in_flight: VecDeque<InFlight>,
+    /// Pages of which the mirror's contents may not be the peer's; see [`crate::source`]. May name pages that the
+    /// mirror does not hold. Empty while streaming.
+    pub(super) apart: PageSet,
+    /// Epoch of the last device state sent on this connection.
+    pub(super) state_of: Option<Epoch>,
+    /// It said that it is out of step: its image has to be compared page by page.
+    pub(super) distrusted: bool,
     /// The live read that is under way; its pages are neither in `pending` nor sent.
     pub(super) reading: Option<Reading>,
     /// What the peer's image held when the session began, while that is worth comparing with.
@@ -107,6 +114,9 @@ impl Peer {
             pending: PageSet::full(layout),
             open: PageSet::new(layout),
             in_flight: VecDeque::new(),
+            apart: PageSet::full(layout),
+            state_of: None,
+            distrusted: false,
             reading: None,
             filter: None,
             chain: Chain::default(),
@@ -152,6 +162,14 @@ impl Peer {
             && self.unsent_bytes <= limits.unsent_bytes / 2
     }
 
+    pub(super) fn set_apart(&mut self, addr: PageAddr, apart: bool) {
+        if apart {
+            self.apart.insert_known(&[addr]);
+        } else {
+            self.apart.remove(addr);
+        }
+    }
+
     /// Queues a message that is not part of the chain.
     pub(super) fn send(&mut self, message: &Encoded, effects: &mut Vec<SourceEffect>) {
         let len = message.bytes.len() as u64;
@@ -190,7 +208,9 @@ impl Peer {
     pub(super) fn lose_connection(&mut self) {
         self.abandon_read();
         self.pending.union_with(&self.open);
+        self.apart.union_with(&self.open);
         self.open.clear();
+        self.state_of = None;
         self.phase = Phase::Disconnected;
         self.filter = None;
         self.chain = Chain::default();

@@ -151,9 +151,10 @@ impl Source {
             return Err("Welcome without a greeting");
         }
         let ours = match image {
-            ImageState::Committed { lineage, epoch } if lineage == config.lineage => Some(epoch),
+            ImageState::Committed { lineage, epoch } if lineage == config.lineage && !peer.distrusted => Some(epoch),
             _ => None,
         };
+        peer.distrusted = false;
         let acked = peer.committed.map(|(epoch, _)| epoch);
         if let Some(epoch) = ours
             && (acked == Some(epoch) || peer.acknowledge(epoch))
@@ -162,6 +163,7 @@ impl Source {
             // committed went to `pending` when the connection was lost.
             for lost in peer.in_flight.drain(..) {
                 peer.pending.union_with(&lost.pages);
+                peer.apart.union_with(&lost.pages);
             }
             if acked != Some(epoch) {
                 effects.push(SourceEffect::Committed { peer: id.clone(), epoch });
@@ -176,6 +178,7 @@ impl Source {
         }
         peer.in_flight.clear();
         peer.pending = PageSet::full(&config.layout);
+        peer.apart = PageSet::full(&config.layout);
         if image == ImageState::Zero {
             peer.filter = Some(Filter::Zero(PageSet::full(&config.layout)));
             peer.phase = Phase::CatchUp;
@@ -244,6 +247,11 @@ impl Source {
         known_term: Term,
         effects: &mut Vec<SourceEffect>,
     ) {
+        if code == RefuseCode::OutOfStep
+            && let Some(peer) = self.peers.get_mut(id)
+        {
+            peer.distrusted = true;
+        }
         let stale = matches!(code, RefuseCode::StaleTerm | RefuseCode::Promoted);
         if stale && known_term > self.config.term {
             effects.push(SourceEffect::Superseded { peer: id.clone(), newer_term: known_term });

@@ -1,20 +1,21 @@
 //! Pages and device state come in, epochs are sealed, acknowledged and applied.
 
 use super::session::{Hashing, Staged};
-use super::{Target, TargetEffect};
-use crate::device_state::DeviceState;
+use super::{Breach, Target, TargetEffect};
+use crate::device_state::{DeviceState, DeviceStateError};
 use crate::journal::{Commit, SealedEpoch};
 use crate::message::TargetBody;
 use crate::units::Epoch;
 use crate::wire::Chain;
 
 impl Target {
-    pub(super) fn pages(&mut self, checksum: u64, bytes: &[u8], effects: &mut Vec<TargetEffect>) -> Result<(), String> {
+    pub(super) fn pages(&mut self, checksum: u64, bytes: &[u8], effects: &mut Vec<TargetEffect>) -> Result<(), Breach> {
         let (Some(session), Some(image)) = (&mut self.session, &mut self.image) else { return Ok(()) };
         if matches!(session.hashing, Some(Hashing { epoch: Epoch::NONE, .. })) {
             return Err("pages before the hashes that were asked for".into());
         }
         let frame = self.decoder.decode(bytes, &image.layout).map_err(|error| error.to_string())?;
+        image.known.accept(&frame).map_err(|error| Breach::out_of_step(&error))?;
         session.chain.add(checksum);
         if image.committed.is_none() {
             image.zero = false;
@@ -34,34 +35,43 @@ impl Target {
         checksum: u64,
         bytes: &[u8],
         effects: &mut Vec<TargetEffect>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Breach> {
         let (Some(session), Some(image)) = (&mut self.session, &self.image) else { return Ok(()) };
         if session.staged.device_state.is_some() {
             return Err("device state twice in one epoch".into());
         }
-        session.staged.device_state = Some(DeviceState::decode(bytes).map_err(|error| error.to_string())?);
+        let state = DeviceState::decode(bytes, session.former_state.as_ref()).map_err(|error| match error {
+            DeviceStateError::OutOfStep => Breach::out_of_step(&error),
+            other => other.to_string().into(),
+        })?;
         session.chain.add(checksum);
+        // Whole: at a replay nobody knows of which epoch the former state is that the state record has.
+        let mut whole = Vec::new();
+        state.encode_raw(&mut whole).map_err(|error| error.to_string())?;
+        session.staged.device_state = Some(state);
         if image.committed.is_some() {
-            let record = self.journal.records.device_state(bytes);
+            let record = self.journal.records.device_state(&whole);
             self.append_journal(record, false, effects);
         }
         Ok(())
     }
 
-    pub(super) fn commit(&mut self, epoch: Epoch, chain: Chain, effects: &mut Vec<TargetEffect>) -> Result<(), String> {
+    pub(super) fn commit(&mut self, epoch: Epoch, chain: Chain, effects: &mut Vec<TargetEffect>) -> Result<(), Breach> {
         let (Some(session), Some(image)) = (&mut self.session, &mut self.image) else { return Ok(()) };
         if session.chain != chain {
             let (found, claimed) = (session.chain.count, chain.count);
-            return Err(format!("epoch {epoch} is not what was sent: {found} messages came, {claimed} were sealed"));
+            let text = format!("epoch {epoch} is not what was sent: {found} messages came, {claimed} were sealed");
+            return Err(text.into());
         }
         let commit = Commit { lineage: session.hello.lineage, term: session.term, epoch };
         let former = image.committed.as_ref().map(|(former, _)| *former);
         if epoch.is_none() || former.is_some_and(|f| f.lineage == commit.lineage && f.epoch >= epoch) {
-            return Err(format!("epoch {epoch} is not later than the last commit"));
+            return Err(format!("epoch {epoch} is not later than the last commit").into());
         }
         let staged = std::mem::take(&mut session.staged);
         let device_state = staged.device_state.ok_or_else(|| format!("epoch {epoch} has no device state"))?;
         session.chain = Chain::default();
+        session.former_state = Some(device_state.clone());
         let conn = session.conn;
         image.committed = Some((commit, device_state.clone()));
         if former.is_some() {

@@ -22,12 +22,12 @@ use std::sync::Arc;
 
 pub use resume::Resumed;
 
+use crate::codec::{FrameDecoder, KnownPages, PagesFrame};
 use crate::device_state::DeviceState;
-use crate::frame::{FrameDecoder, PagesFrame};
 use crate::hashes::HashSeed;
 use crate::journal::{Commit, JOURNAL_HEADER_BYTES, RecordEncoder};
 use crate::layout::RamLayout;
-use crate::message::{Hello, SourceMessage};
+use crate::message::{Hello, RefuseCode, SourceMessage};
 use crate::state_record::{ImageRecord, StateRecord};
 use crate::units::{Epoch, GuestUuid, Millis, PageAddr, Term};
 use crate::wire::WireError;
@@ -170,6 +170,31 @@ pub enum TargetCloseReason {
     ImageLost,
 }
 
+/// What a source sent is not what it may send now; the session ends.
+#[derive(Debug)]
+struct Breach {
+    code: RefuseCode,
+    text: String,
+}
+
+impl Breach {
+    fn out_of_step(error: &dyn std::fmt::Display) -> Self {
+        Self { code: RefuseCode::OutOfStep, text: error.to_string() }
+    }
+}
+
+impl From<String> for Breach {
+    fn from(text: String) -> Self {
+        Self { code: RefuseCode::Protocol, text }
+    }
+}
+
+impl From<&str> for Breach {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
 /// Why a shadow is not promoted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PromoteRefusal {
@@ -222,6 +247,8 @@ struct Image {
     /// True until something is applied to a fresh image.
     zero: bool,
     committed: Option<(Commit, DeviceState)>,
+    /// Contents of its pages once all that came is applied: what changes must be made against.
+    known: KnownPages,
 }
 
 /// Lengths of the journal's file, as this side made it.

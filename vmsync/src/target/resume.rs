@@ -1,6 +1,7 @@
 //! A restarted agent takes up its shadow where the last one left it.
 
 use super::{Image, Promotion, Target, TargetConfig, TargetEffect};
+use crate::codec::KnownPages;
 use crate::journal::{JOURNAL_HEADER_BYTES, encode_header, scan};
 use crate::state_record::{StateError, StateRecord};
 
@@ -29,7 +30,12 @@ impl Target {
         target.term = target.term.max(record.term);
         let mut resumed = Resumed { target, effects: Vec::new(), notes: Vec::new() };
         let Some(image) = record.image else { return Ok(resumed) };
-        resumed.target.image = Some(Image { layout: image.layout, zero: false, committed: image.committed });
+        resumed.target.image = Some(Image {
+            known: KnownPages::unknown(&image.layout),
+            layout: image.layout,
+            zero: false,
+            committed: image.committed,
+        });
         if record.promoted {
             resumed.target.take_up_promotion();
         } else {

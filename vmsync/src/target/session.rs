@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::{ConnId, HashId, Image, PreparedImage, Target, TargetCloseReason, TargetEffect};
+use super::{Breach, ConnId, HashId, Image, PreparedImage, Target, TargetCloseReason, TargetEffect};
+use crate::codec::{KnownPages, PagesFrame};
 use crate::device_state::DeviceState;
-use crate::frame::PagesFrame;
 use crate::hashes::{HashSeed, hash_bytes};
 use crate::journal::{SealedEpoch, encode_header};
 use crate::message::{Hello, ImageState, MAX_HASHES, RefuseCode, SourceBody, SourceMessage, TargetBody};
@@ -21,6 +21,8 @@ pub(super) struct Session {
     /// Over the messages since the last commit.
     pub(super) chain: Chain,
     pub(super) staged: Staged,
+    /// That of the last commit in this session, which the next one's may be made from.
+    pub(super) former_state: Option<DeviceState>,
     /// Sealed epochs that wait for a hashing run to end before they are applied, oldest first.
     pub(super) sealed: VecDeque<SealedEpoch>,
     pub(super) hashing: Option<Hashing>,
@@ -73,7 +75,7 @@ impl Target {
         };
         self.heard_at = Some(now);
         let result = if term != session.term {
-            Err(format!("a message of term {term} in a session of term {}", session.term))
+            Err(format!("a message of term {term} in a session of term {}", session.term).into())
         } else if matches!(body, SourceBody::Ping) {
             self.send(conn, Epoch::NONE, &TargetBody::Pong, effects);
             Ok(())
@@ -82,9 +84,9 @@ impl Target {
         } else {
             self.session_message(epoch, checksum, body, effects)
         };
-        if let Err(what) = result {
-            self.refuse(conn, RefuseCode::Protocol, what.clone(), effects);
-            self.close(conn, TargetCloseReason::Protocol(what), effects);
+        if let Err(Breach { code, text }) = result {
+            self.refuse(conn, code, text.clone(), effects);
+            self.close(conn, TargetCloseReason::Protocol(text), effects);
         }
     }
 
@@ -94,7 +96,7 @@ impl Target {
         checksum: u64,
         body: SourceBody,
         effects: &mut Vec<TargetEffect>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Breach> {
         match body {
             SourceBody::Pages(bytes) => self.pages(checksum, &bytes, effects),
             SourceBody::DeviceState(bytes) => self.device_state(checksum, &bytes, effects),
@@ -143,6 +145,7 @@ impl Target {
             open: false,
             chain: Chain::default(),
             staged: Staged::default(),
+            former_state: None,
             sealed: VecDeque::new(),
             hashing: None,
         });
@@ -216,7 +219,8 @@ impl Target {
         }
         // Fresh, or kept by a driver that knows of an image we know nothing of: then its contents are worth hashing.
         self.forget_image(effects);
-        self.image = Some(Image { layout: hello.layout.clone(), zero: !kept, committed: None });
+        let known = if kept { KnownPages::unknown(&hello.layout) } else { KnownPages::zero(&hello.layout) };
+        self.image = Some(Image { layout: hello.layout.clone(), zero: !kept, committed: None, known });
         self.save_state(effects);
         effects.push(TargetEffect::TruncateJournal { len_bytes: 0 });
         self.journal.len_bytes = 0;
@@ -244,7 +248,7 @@ impl Target {
         }
     }
 
-    fn hash_request(&mut self, seed: HashSeed, effects: &mut Vec<TargetEffect>) -> Result<(), String> {
+    fn hash_request(&mut self, seed: HashSeed, effects: &mut Vec<TargetEffect>) -> Result<(), Breach> {
         let Some(session) = &self.session else { return Ok(()) };
         if session.hashing.is_some() || session.chain.count > 0 {
             return Err("a HashRequest is only allowed right after Welcome".into());
@@ -253,10 +257,10 @@ impl Target {
         Ok(())
     }
 
-    fn verify_request(&mut self, epoch: Epoch, seed: HashSeed, effects: &mut Vec<TargetEffect>) -> Result<(), String> {
+    fn verify_request(&mut self, epoch: Epoch, seed: HashSeed, effects: &mut Vec<TargetEffect>) -> Result<(), Breach> {
         let Some(session) = &self.session else { return Ok(()) };
         if session.chain.count > 0 || self.committed().map(|c| c.epoch) != Some(epoch) {
-            return Err(format!("a VerifyRequest for epoch {epoch} does not follow its Commit"));
+            return Err(format!("a VerifyRequest for epoch {epoch} does not follow its Commit").into());
         }
         // One that was given up by the source may still run, with sealed epochs waiting behind it.
         self.stop_hashing(effects);
@@ -330,7 +334,10 @@ impl Target {
         self.truncate_journal(self.journal.sealed_len_bytes, effects);
         self.journal.records.reset();
         if let Some(session) = &mut self.session {
-            session.staged = Staged::default();
+            let staged = std::mem::take(&mut session.staged);
+            if let Some(image) = &mut self.image {
+                staged.frames.iter().for_each(|frame| image.known.drop_frame(frame));
+            }
         }
         self.apply_sealed(effects);
         self.session = None;

@@ -6,6 +6,7 @@ mod primary;
 
 use std::collections::BTreeMap;
 
+use vmsync::codec::MirrorBudget;
 use vmsync::source::{ReadId, SourceLimits};
 use vmsync::target::{HashId, PreparedImage};
 use vmsync::{GuestUuid, Millis, PageAddr, PageBatch, RamBlock, RamLayout};
@@ -84,6 +85,7 @@ pub struct Nature {
     pub staging_limit_bytes: u64,
     pub limits: SourceLimits,
     pub zstd_level: i32,
+    pub mirror: MirrorBudget,
 }
 
 /// Contents of guest memory at one epoch.
@@ -119,6 +121,8 @@ pub struct Seen {
     pub commits_lost: u64,
     pub crashes: u64,
     pub torn_applies: u64,
+    pub torn_patches: u64,
+    pub patched_pages: u64,
     pub torn_appends: u64,
     pub replayed_epochs: u64,
     pub delta_resumes: u64,
@@ -142,6 +146,8 @@ impl Seen {
         s.commits_lost += w.commits_lost;
         s.crashes += w.crashes;
         s.torn_applies += w.torn_applies;
+        s.torn_patches += w.torn_patches;
+        s.patched_pages += w.patched_pages;
         s.torn_appends += w.torn_appends;
         s.replayed_epochs += w.replayed_epochs;
         s.delta_resumes += w.delta_resumes;
@@ -167,6 +173,8 @@ impl Seen {
             ("commits given up", self.commits_lost),
             ("crashes", self.crashes),
             ("torn applies", self.torn_applies),
+            ("torn patches", self.torn_patches),
+            ("patched pages", self.patched_pages / 100),
             ("torn journal appends", self.torn_appends),
             ("epochs replayed from a journal", self.replayed_epochs),
             ("delta resumes", self.delta_resumes),
@@ -252,6 +260,7 @@ impl World {
         }
         self.run_until(CHAOS_MS + HEAL_MS);
         self.check_healed();
+        self.seen.patched_pages = self.primaries.iter().map(|p| p.source.codec_stats().pages_patched).sum();
         self
     }
 
@@ -343,6 +352,10 @@ fn nature(rng: &mut Rng) -> Nature {
             verify: Millis::new(2_000),
         },
         zstd_level: if rng.chance(100) { 1 } else { 0 },
+        mirror: match rng.below(4) {
+            0 => MirrorBudget::Bytes(rng.below(20) * 4096),
+            _ => MirrorBudget::Full,
+        },
     }
 }
 

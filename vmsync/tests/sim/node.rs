@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use vmsync::frame::PageContent;
+use vmsync::codec::PageContent;
 use vmsync::hashes::{HashSeed, hash_page};
 use vmsync::state_record::StateRecord;
 use vmsync::target::{HashId, Promotion, Target, TargetCloseReason, TargetEffect, TargetEvent};
@@ -138,9 +138,20 @@ impl World {
                 self.seen.torn_appends += 1;
             }
             TargetEffect::Apply(frame) => {
+                let part = part % (frame.len() + 1);
                 let pages = image.pages.as_mut().expect("an image to apply to");
                 for (addr, page) in frame.iter().take(part) {
-                    pages[self.layout.linear(addr).unwrap() as usize] = page_value(page);
+                    write_page(&mut pages[self.layout.linear(addr).unwrap() as usize], page);
+                }
+                // Of the next page's changes only the first.
+                if let Some((addr, PageContent::Patch(patch))) = frame.iter().nth(part)
+                    && let Some((at, bytes)) = patch.runs().next()
+                {
+                    let held = &mut pages[self.layout.linear(addr).unwrap() as usize];
+                    let mut contents = content(*held);
+                    contents[at..at + bytes.len()].copy_from_slice(bytes);
+                    *held = value(&contents);
+                    self.seen.torn_patches += 1;
                 }
                 self.seen.torn_applies += 1;
             }
@@ -173,7 +184,7 @@ impl World {
             TargetEffect::Apply(frame) => {
                 let pages = n.image.pages.as_mut().expect("an image to apply to");
                 for (addr, page) in frame.iter() {
-                    pages[self.layout.linear(addr).unwrap() as usize] = page_value(page);
+                    write_page(&mut pages[self.layout.linear(addr).unwrap() as usize], page);
                 }
                 return true;
             }
@@ -335,7 +346,7 @@ impl World {
             match effect {
                 TargetEffect::Apply(frame) => {
                     for (addr, page) in frame.iter() {
-                        pages[self.layout.linear(addr).unwrap() as usize] = page_value(page);
+                        write_page(&mut pages[self.layout.linear(addr).unwrap() as usize], page);
                     }
                 }
                 TargetEffect::SaveState(bytes) => record = StateRecord::decode(&bytes, GUEST).unwrap(),
@@ -366,9 +377,8 @@ fn is_ack(bytes: &[u8]) -> bool {
     decoder.next().unwrap().is_some_and(|m| m.body == vmsync::message::TargetBody::Ack)
 }
 
-fn page_value(page: PageContent<'_>) -> u64 {
-    match page {
-        PageContent::Zero => 0,
-        PageContent::Data(page) => value(page),
-    }
+fn write_page(held: &mut u64, page: PageContent<'_>) {
+    let mut contents = content(*held);
+    page.apply(&mut contents);
+    *held = value(&contents);
 }

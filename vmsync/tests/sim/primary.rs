@@ -69,6 +69,7 @@ impl World {
             layout: self.layout.clone(),
             description: b"{}".to_vec(),
             zstd_level: self.nature.zstd_level,
+            mirror: self.nature.mirror,
             limits: self.nature.limits.clone(),
         })
         .expect("a valid configuration")
@@ -283,7 +284,8 @@ impl World {
             SourceEffect::PeerRefused { code, text, .. } => {
                 self.seen.refused += 1;
                 self.log(|| format!("primary {primary} refused: {code:?} {text}"));
-                assert!(code != vmsync::message::RefuseCode::Protocol, "{text}");
+                use vmsync::message::RefuseCode::{OutOfStep, Protocol};
+                assert!(code != Protocol && code != OutOfStep, "{text}");
             }
             SourceEffect::Verified(report) => self.verified(primary, report),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use vmsync::codec::MirrorBudget;
 use vmsync::hashes::hash_page;
 use vmsync::journal::Commit;
 use vmsync::message::{SourceBody, TargetBody};
@@ -119,11 +120,10 @@ impl Image {
             TargetEffect::TruncateJournal { len_bytes } => self.journal.truncate(*len_bytes as usize),
             TargetEffect::Apply(frame) => {
                 for (addr, page) in frame.iter() {
-                    let page = match page {
-                        vmsync::frame::PageContent::Zero => 0,
-                        vmsync::frame::PageContent::Data(page) => number(page),
-                    };
-                    self.pages[layout.linear(addr).unwrap() as usize] = page;
+                    let held = &mut self.pages[layout.linear(addr).unwrap() as usize];
+                    let mut contents = content(*held);
+                    page.apply(&mut contents);
+                    *held = number(&contents);
                 }
             }
             _ => return false,
@@ -148,6 +148,7 @@ pub fn source(layout: &RamLayout, term: u64, lineage: u64, limits: SourceLimits)
         layout: layout.clone(),
         description: b"{}".to_vec(),
         zstd_level: 1,
+        mirror: MirrorBudget::Bytes(100 * 4096),
         limits,
     })
     .unwrap()
