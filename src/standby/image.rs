@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
-use vmsync::frame::{PageContent, PagesFrame};
+use vmsync::codec::{PageContent, PagesFrame, Patch};
 use vmsync::hashes::{HashSeed, hash_page};
 use vmsync::layout::RamLayout;
 use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr, PageIndex};
@@ -131,9 +131,28 @@ impl Image {
     /// Writes the pages of a frame, in its order.
     pub fn apply(&mut self, frame: &PagesFrame) -> Result<()> {
         frame.iter().try_for_each(|(addr, content)| match content {
-            PageContent::Zero => self.zero_page(addr),
+            PageContent::Zero | PageContent::Fill(0) => self.zero_page(addr),
             PageContent::Data(page) => self.write_page(addr, page),
+            PageContent::Patch(patch) => self.patch_page(addr, patch),
+            PageContent::Fill(_) => {
+                let mut page = ZERO_PAGE;
+                content.apply(&mut page);
+                self.write_page(addr, &page)
+            }
         })
+    }
+
+    /// Writes changes into a page.
+    fn patch_page(&mut self, addr: PageAddr, patch: Patch<'_>) -> Result<()> {
+        let (block, offset) = self.locate(addr)?;
+        let written = match &mut block.backing {
+            Backing::Process { memory, address } => {
+                let at = *address + offset;
+                patch.runs().try_for_each(|(within, bytes)| memory.write_all_at(bytes, at + within as u64))
+            }
+            Backing::Shared(shared) => shared.patch_page(offset, patch),
+        };
+        written.map_err(|source| failed(&block.name, "change a page", source))
     }
 
     /// Makes all memory zero. A new QEMU's is not: it has put its firmware into some blocks.
@@ -264,6 +283,17 @@ impl SharedBlock {
         self.file.write_all_at(page, self.offset + offset)?;
         self.set_present(offset, true);
         Ok(())
+    }
+
+    fn patch_page(&mut self, offset: u64, patch: Patch<'_>) -> io::Result<()> {
+        if self.is_present(offset) {
+            return patch.runs().try_for_each(|(within, bytes)| self.mapping.write(offset + within as u64, bytes));
+        }
+        // A hole: the page was zero.
+        let mut page = ZERO_PAGE;
+        self.read_page(offset, &mut page)?;
+        patch.apply(&mut page);
+        self.write_page(offset, &page)
     }
 
     fn zero_page(&mut self, offset: u64) -> io::Result<()> {
@@ -420,15 +450,30 @@ mod tests {
 
     #[test]
     fn frames_are_applied_and_hashed_and_a_cleared_image_is_all_zero() {
-        use vmsync::frame::{FrameDecoder, FrameEncoder};
+        use vmsync::codec::{Encoder, FrameDecoder, MirrorBudget};
         let fake = Fake::new("image-frames");
         let mut image = fake.open(false);
         let (ram, bios) = (PageAddr::new(0, 5), PageAddr::new(1, 1));
-        let mut encoder = FrameEncoder::new(1);
-        assert!(encoder.push(ram, &[8; PAGE_SIZE]) && encoder.push(bios, &ZERO_PAGE));
-        let mut bytes = Vec::new();
-        encoder.finish(&mut bytes);
-        image.apply(&FrameDecoder::new().decode(&bytes, image.layout()).unwrap()).unwrap();
+        let hole = PageAddr::new(0, 9);
+        let mut encoder = Encoder::new(image.layout(), MirrorBudget::Full, HashSeed::new(1), 1);
+        let mut apply = |image: &mut Image, pages: &[(PageAddr, Page)]| {
+            pages.iter().for_each(|(addr, page)| drop(encoder.page(*addr, page)));
+            for bytes in encoder.finish() {
+                image.apply(&FrameDecoder::new().decode(&bytes, image.layout()).unwrap()).unwrap();
+            }
+        };
+        let mixed: Page = std::array::from_fn(|i| (i / 7) as u8);
+        apply(&mut image, &[(ram, mixed), (bios, mixed), (hole, ZERO_PAGE)]);
+        let (mut changed, mut first) = (mixed, ZERO_PAGE);
+        changed[4095] ^= 1;
+        first[77] = 3;
+        apply(&mut image, &[(ram, changed), (bios, changed), (hole, first)]);
+        for (addr, expected) in [(ram, changed), (bios, changed), (hole, first)] {
+            let mut page = ZERO_PAGE;
+            image.read_page(addr, &mut page).unwrap();
+            assert!(page == expected, "{addr}");
+        }
+        apply(&mut image, &[(ram, [8; PAGE_SIZE]), (bios, ZERO_PAGE), (hole, ZERO_PAGE)]);
 
         let seed = HashSeed::new(3);
         let hashes = image.hashes(seed, PageAddr::new(0, 4), 3).unwrap();

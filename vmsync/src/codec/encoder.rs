@@ -139,11 +139,6 @@ impl Encoder {
         self.mirror.forget(addr);
     }
 
-    /// Forgets what is only known by its hash.
-    pub fn forget_hash(&mut self, addr: PageAddr) {
-        self.hashes.forget(addr);
-    }
-
     /// The page was written, and its contents at that cut are not known. Previous contents are what shadows hold, so
     /// those of the mirror stay; a hash stands for the contents of the last cut and does not.
     pub fn unknown_contents(&mut self, addr: PageAddr) {

@@ -160,12 +160,7 @@ impl Source {
         if for_joining {
             let mut apart = PageSet::new(layout);
             self.peers.values().filter(is_taker).for_each(|peer| apart.union_with(&peer.apart));
-            for addr in covered.iter() {
-                self.encoder.forget_hash(addr);
-                if apart.contains(addr) {
-                    self.encoder.forget_base(addr);
-                }
-            }
+            covered.iter().filter(|addr| apart.contains(*addr)).for_each(|addr| self.encoder.forget_base(addr));
         }
         let [mut seen, mut coded, mut same] = [(); 3].map(|()| PageSet::new(layout));
         self.encoder.begin_cut();
