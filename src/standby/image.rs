@@ -457,7 +457,9 @@ mod tests {
         let hole = PageAddr::new(0, 9);
         let mut encoder = Encoder::new(image.layout(), MirrorBudget::Full, HashSeed::new(1), 1);
         let mut apply = |image: &mut Image, pages: &[(PageAddr, Page)]| {
-            pages.iter().for_each(|(addr, page)| drop(encoder.page(*addr, page)));
+            for (addr, page) in pages {
+                encoder.page(*addr, page);
+            }
             for bytes in encoder.finish() {
                 image.apply(&FrameDecoder::new().decode(&bytes, image.layout()).unwrap()).unwrap();
             }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::ClockId;
 use vmsync::batch::PageBatch;
+use vmsync::codec::MirrorBudget;
 use vmsync::message::RefuseCode;
 use vmsync::pace::{Binding, Cost, Limits, Pacer};
 use vmsync::source::{
@@ -140,6 +141,7 @@ impl Capturing {
             layout: (*layout).clone(),
             description,
             zstd_level: ZSTD_LEVEL,
+            mirror: MirrorBudget::default(),
             limits: SourceLimits::default(),
         })
         .map_err(|e| text(&e))?;
