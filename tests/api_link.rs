@@ -237,7 +237,15 @@ async fn a_guest_that_died_is_not_started_before_the_manager_has_decided() {
     assert!(why.contains("term 3") && why.contains("virt-shadow info u"), "{why}");
     let protect = |term| {
         let (uuid, domain) = ("u".to_owned(), "web".to_owned());
-        Command::Protect { uuid, domain, term, interval_ms: 50, budget: Default::default(), shadows: Vec::new() }
+        Command::Protect {
+            uuid,
+            domain,
+            term,
+            interval_ms: 50,
+            budget: Default::default(),
+            mirror_mib: 256,
+            shadows: Vec::new(),
+        }
     };
     for (id, term, decided) in [(1, 3, false), (2, 4, true)] {
         write_frame(&mut stream, &ToAgent::Request { id, command: protect(term) }).await.unwrap();

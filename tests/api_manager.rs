@@ -50,6 +50,7 @@ async fn enable_is_carried_out_and_shown() {
         ("primary", json!({ "host": "h1", "rack": "r1" })),
         ("shadows_wanted", json!(2)),
         ("interval_ms", json!(50)),
+        ("mirror_mib", json!(256)),
         ("memory_bytes", json!(1u64 << 30)),
     ] {
         assert_eq!(guest[key], value, "{key}");

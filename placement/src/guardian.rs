@@ -42,6 +42,7 @@ pub use model::{
     Failover, FailoverStep, Guest, GuestPlan, Health, Host, HostIntro, HostReport, Leave, PeerReport, Phase,
     PrimaryReport, Record, Seat, ShadowReport, Switchover, SwitchoverStep,
 };
+pub use requests::{DEFAULT_MIRROR_MIB, MIRROR_MIB};
 
 /// Times of the state machine. Those of single orders are beside them.
 #[derive(Debug, Clone, Copy)]
@@ -180,6 +181,7 @@ pub enum Request {
         shadows: u32,
         interval_ms: u64,
         budget: Budget,
+        mirror_mib: u64,
         on: Vec<HostName>,
     },
     Disable {
@@ -251,6 +253,7 @@ pub enum Order {
         term: Term,
         interval_ms: u64,
         budget: Budget,
+        mirror_mib: u64,
         shadows: Vec<HostName>,
     },
     Release {

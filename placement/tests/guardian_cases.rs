@@ -259,6 +259,7 @@ fn requests_that_cannot_be_met_say_why() {
         shadows,
         interval_ms,
         budget: Default::default(),
+        mirror_mib: 256,
         on: on.iter().copied().map(placement::HostName::from).collect(),
     };
     for (request, words) in [

@@ -26,8 +26,8 @@ impl CommandHandler for Agent {
         }
         match command {
             Command::Describe { domain } => self.describe(domain).await,
-            Command::Protect { uuid, domain, term, interval_ms, budget, shadows } => {
-                self.protect(uuid, domain, term, (interval_ms, budget), shadows).await
+            Command::Protect { uuid, domain, term, interval_ms, budget, mirror_mib, shadows } => {
+                self.protect(uuid, domain, term, (interval_ms, budget), mirror_mib, shadows).await
             }
             Command::Release { uuid } => self.release(uuid).await,
             Command::AcceptShadow { uuid, domain, term, primary } => {
@@ -169,6 +169,7 @@ impl Agent {
         domain: String,
         term: u64,
         (interval_ms, budget): (u64, Budget),
+        mirror_mib: u64,
         shadows: Vec<ShadowTarget>,
     ) -> Result<Done, ApiError> {
         self.record(&uuid, Some(&domain), term, Role::Primary)?;
@@ -176,7 +177,7 @@ impl Agent {
         blocking(move || promoted.wait_finished(&guest)).await?;
         let interval = Duration::from_millis(interval_ms.clamp(10, 60_000));
         let after_epoch = self.shadows.promoted_epoch(&uuid);
-        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, budget, shadows, after_epoch };
+        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, budget, mirror_mib, shadows, after_epoch };
         let mut primaries = lock(&self.primaries);
         match primaries.get(&uuid).filter(|primary| primary.is_running()) {
             Some(primary) => primary.update(spec),

@@ -191,6 +191,9 @@ pub enum Command {
         interval_ms: u64,
         #[serde(default)]
         budget: Budget,
+        /// Memory for previous contents of pages.
+        #[serde(default = "crate::api::types::default_mirror_mib")]
+        mirror_mib: u64,
         shadows: Vec<ShadowTarget>,
     },
     /// Stop protecting; forget the guest. The guest runs on.

@@ -18,6 +18,9 @@ pub struct EnableRequest {
     /// Limits of what that may cost; with one, the interval is the shortest and grows as needed.
     #[serde(default)]
     pub budget: Budget,
+    /// Memory on the primary's host for previous contents of pages, MiB; as much as the guest has, or more: of all.
+    #[serde(default = "default_mirror_mib")]
+    pub mirror_mib: u64,
     /// Hosts that must hold the shadows; empty: the manager chooses.
     #[serde(default)]
     pub on: Vec<String>,
@@ -28,8 +31,12 @@ pub struct EnableRequest {
 
 pub const DEFAULT_SHADOWS: u32 = 1;
 pub const DEFAULT_INTERVAL_MS: u64 = 50;
+pub const DEFAULT_MIRROR_MIB: u64 = placement::guardian::DEFAULT_MIRROR_MIB;
 fn default_shadows() -> u32 {
     DEFAULT_SHADOWS
+}
+pub(crate) fn default_mirror_mib() -> u64 {
+    DEFAULT_MIRROR_MIB
 }
 fn default_interval_ms() -> u64 {
     DEFAULT_INTERVAL_MS
@@ -61,6 +68,8 @@ pub struct GuestView {
     pub interval_ms: u64,
     #[serde(default)]
     pub budget: Budget,
+    #[serde(default = "default_mirror_mib")]
+    pub mirror_mib: u64,
     pub memory_bytes: u64,
     #[serde(flatten)]
     pub capture: CaptureStats,

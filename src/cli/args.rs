@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use placement::guardian::MIRROR_MIB;
 
 use crate::api::types::{Budget, DEFAULT_INTERVAL_MS};
 use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
@@ -159,6 +160,10 @@ pub struct Enable {
     /// guest's time (2%), wire=RATE towards each shadow in bits a second (500M), cpu=SHARE of a processor (50%)
     #[arg(long, value_name = "LIMIT,...", value_parser = budget)]
     pub budget: Option<Budget>,
+    /// Memory on the domain's host for previous contents of its pages, of which only the changes are sent then: a
+    /// number of MiB, or with a unit (64M, 2G), or full: as much as the domain has
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = mirror_mib)]
+    pub mirror: u64,
     /// Host that must keep a shadow; may be repeated. The rest is chosen
     #[arg(long, value_name = "HOST")]
     pub on: Vec<String>,
@@ -184,6 +189,19 @@ pub struct Daemon {
     /// What to log: error, warn, info, debug or trace, also per module (virt_shadow::manager=debug)
     #[arg(long, value_name = "LEVEL", env = "VIRT_SHADOW_LOG", default_value = "info")]
     pub log: String,
+}
+
+/// MiB of a size as `--mirror` takes it.
+fn mirror_mib(text: &str) -> Result<u64, String> {
+    if text == "full" {
+        return Ok(*MIRROR_MIB.end());
+    }
+    let (number, factor) = match text.strip_suffix(['M', 'm']) {
+        Some(number) => (number, 1),
+        None => text.strip_suffix(['G', 'g']).map_or((text, 1), |number| (number, 1024)),
+    };
+    let mib = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+    mib.filter(|mib| MIRROR_MIB.contains(mib)).ok_or_else(|| "must be full, or MiB such as 256, 256M or 2G".into())
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -271,6 +289,8 @@ mod tests {
             "virt-shadow enable web --shadows 0",
             "virt-shadow enable web --shadows 9",
             "virt-shadow enable web --interval 9",
+            "virt-shadow enable web --mirror 5T",
+            "virt-shadow enable web --mirror 99999999999G",
             "virt-shadow enable web --wait soon",
             "virt-shadow watch --interval 0",
             "virt-shadow list web",
@@ -279,6 +299,17 @@ mod tests {
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn mirrors_are_sizes_or_full() {
+        for (text, mib) in [("0", 0), ("64", 64), ("64M", 64), ("2G", 2048), ("full", 16 << 20)] {
+            assert_eq!(mirror_mib(text), Ok(mib));
+        }
+        for bad in ["", "G", "-1", "1.5G", "17000000"] {
+            assert!(mirror_mib(bad).is_err(), "{bad}");
+        }
+        assert_eq!(mirror_mib("256M"), Ok(crate::api::types::DEFAULT_MIRROR_MIB));
     }
 
     #[test]

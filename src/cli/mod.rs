@@ -155,13 +155,14 @@ impl Session {
     }
 
     async fn enable(&self, wish: Enable) -> Result<()> {
-        let Enable { domain, shadows, interval, budget, on, wait } = wish;
+        let Enable { domain, shadows, interval, budget, mirror, on, wait } = wish;
         let shadows = shadows.unwrap_or_else(|| u32::try_from(on.len()).unwrap_or(u32::MAX).max(1));
         let request = EnableRequest {
             domain: domain.clone(),
             shadows,
             interval_ms: interval,
             budget: budget.unwrap_or_default(),
+            mirror_mib: mirror,
             on,
             host: None,
         };

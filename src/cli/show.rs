@@ -78,6 +78,7 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         ("Memory", bytes(guest.memory_bytes)),
         ("Shadows", format!("{} of {} wanted", guest.shadows.len(), guest.shadows_wanted)),
         ("Interval", interval(guest)),
+        ("Mirror", format!("at most {}", bytes((guest.mirror_mib << 20).min(guest.memory_bytes)))),
         ("Epoch", format!("{} ({} cut)", capture.epoch, capture.epochs_total)),
         ("Pause", {
             let pause = capture.pause_us;
@@ -245,6 +246,7 @@ pub(super) mod tests {
             shadows_wanted: 2,
             interval_ms: 50,
             budget: Budget::default(),
+            mirror_mib: 256,
             memory_bytes: 1 << 30,
             capture: CaptureStats {
                 epoch: 77,

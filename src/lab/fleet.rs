@@ -84,6 +84,7 @@ impl Fleet {
             shadows,
             interval_ms: interval.as_millis() as u64,
             budget: Budget::default(),
+            mirror_mib: crate::api::types::DEFAULT_MIRROR_MIB,
             on: Vec::new(),
             host: Some(host.into()),
         };

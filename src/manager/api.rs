@@ -108,6 +108,7 @@ impl Manager {
             shadows: request.shadows,
             interval_ms: request.interval_ms,
             budget: request.budget,
+            mirror_mib: request.mirror_mib,
             on: request.on.into_iter().map(HostName::from).collect(),
         };
         self.request(wish, DISABLE_TIMEOUT).await?;

@@ -38,6 +38,7 @@ fn plan(term: u64, phase: Phase) -> GuestPlan {
         shadows_wanted: 2,
         interval_ms: 50,
         budget: Default::default(),
+        mirror_mib: 256,
         memory_mib: 1024,
         on: vec!["h3".into()],
         seats: BTreeSet::from(["h2".into(), "h3".into()]),

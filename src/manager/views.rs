@@ -62,6 +62,7 @@ impl State {
             shadows_wanted: plan.shadows_wanted,
             interval_ms: plan.interval_ms,
             budget: plan.budget,
+            mirror_mib: plan.mirror_mib,
             memory_bytes: primary.map_or(plan.memory_mib << 20, |primary| primary.memory_bytes),
             capture: primary.map(|primary| primary.stats.clone()).unwrap_or_default(),
             shadows,

@@ -135,6 +135,9 @@ pub struct GuestPlan {
     pub interval_ms: u64,
     #[serde(default)]
     pub budget: Budget,
+    /// Memory on the primary's host for previous contents of pages.
+    #[serde(default = "default_mirror_mib")]
+    pub mirror_mib: u64,
     pub memory_mib: u64,
     /// Hosts the operator named for shadows; taken first whenever shadows are placed.
     pub on: Vec<HostName>,
@@ -143,6 +146,11 @@ pub struct GuestPlan {
     /// Hosts that had a copy and have to be told, or were, that they have none now.
     pub former: BTreeMap<HostName, Leave>,
     pub phase: Phase,
+}
+
+/// What plans have that were saved before there was a choice.
+fn default_mirror_mib() -> u64 {
+    super::DEFAULT_MIRROR_MIB
 }
 
 /// What a host with a former copy is to be told.

@@ -12,6 +12,10 @@ use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 /// Bounds of the time between cuts, milliseconds.
 pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
+/// Memory for previous contents of a guest's pages: at most as much as the largest guest has, which is "all of it".
+pub const MIRROR_MIB: std::ops::RangeInclusive<u64> = 0..=16 << 20;
+/// Enough for a guest that dirties 100 MB between two cuts.
+pub const DEFAULT_MIRROR_MIB: u64 = 256;
 
 /// An `Enable` with its fields.
 struct Wish {
@@ -22,6 +26,7 @@ struct Wish {
     shadows: u32,
     interval_ms: u64,
     budget: Budget,
+    mirror_mib: u64,
     on: Vec<HostName>,
 }
 
@@ -32,8 +37,8 @@ impl Guardian {
             None => Err(RequestError::NotFound(format!("guest {guest} is not protected"))),
         };
         let result = match request {
-            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, budget, on } => {
-                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, on };
+            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, on } => {
+                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, on };
                 let result = self.enable(now, wish, ready);
                 ready.then.push(Action::Answer { id, result: result.map(|()| Reply::Enabled) });
                 return;
@@ -77,6 +82,7 @@ impl Guardian {
                 shadows_wanted: 0,
                 interval_ms: wish.interval_ms,
                 budget: wish.budget,
+                mirror_mib: wish.mirror_mib,
                 memory_mib: wish.memory_mib,
                 on: Vec::new(),
                 seats: BTreeSet::new(),
@@ -117,6 +123,7 @@ impl Guardian {
             shadows_wanted: 0,
             interval_ms: *INTERVAL_MS.end(),
             budget: Budget::default(),
+            mirror_mib: 0,
             memory_mib: 0,
             on: Vec::new(),
             seats: BTreeSet::new(),
@@ -138,6 +145,9 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     if !INTERVAL_MS.contains(&wish.interval_ms) {
         let (min, max) = (INTERVAL_MS.start(), INTERVAL_MS.end());
         return invalid(format!("interval of {} ms: must be {min} to {max}", wish.interval_ms));
+    }
+    if !MIRROR_MIB.contains(&wish.mirror_mib) {
+        return invalid(format!("mirror of {} MiB: must be at most {}", wish.mirror_mib, MIRROR_MIB.end()));
     }
     let Budget { pause_permille, cpu_percent, .. } = wish.budget;
     if pause_permille > 1_000 || cpu_percent > 100_000 {
@@ -211,8 +221,9 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), Requ
     plan.shadows_wanted = wish.shadows;
     plan.memory_mib = wish.memory_mib;
     plan.on = wish.on;
-    if (plan.interval_ms, plan.budget) != (wish.interval_ms, wish.budget) {
-        (plan.interval_ms, plan.budget) = (wish.interval_ms, wish.budget);
+    let wanted = (wish.interval_ms, wish.budget, wish.mirror_mib);
+    if (plan.interval_ms, plan.budget, plan.mirror_mib) != wanted {
+        (plan.interval_ms, plan.budget, plan.mirror_mib) = wanted;
         guest.live.protect = super::Seat::Needed;
     }
     let names: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();

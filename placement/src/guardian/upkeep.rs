@@ -174,6 +174,7 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
         term: guest.plan.term,
         interval_ms: guest.plan.interval_ms,
         budget: guest.plan.budget,
+        mirror_mib: guest.plan.mirror_mib,
         shadows: ready.clone(),
     };
     let primary = guest.plan.primary.clone();
@@ -193,6 +194,7 @@ fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
         term: guest.plan.term,
         interval_ms: guest.plan.interval_ms,
         budget: guest.plan.budget,
+        mirror_mib: guest.plan.mirror_mib,
         shadows: Vec::new(),
     };
     let primary = guest.plan.primary.clone();

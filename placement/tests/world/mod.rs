@@ -303,6 +303,7 @@ impl World {
             shadows,
             interval_ms: 50,
             budget: Default::default(),
+            mirror_mib: 256,
             on: Vec::new(),
         })
     }

@@ -141,7 +141,7 @@ impl Capturing {
             layout: (*layout).clone(),
             description,
             zstd_level: ZSTD_LEVEL,
-            mirror: MirrorBudget::default(),
+            mirror: mirror_budget(spec.mirror_mib),
             limits: SourceLimits::default(),
         })
         .map_err(|e| text(&e))?;
@@ -362,7 +362,10 @@ impl Capturing {
             device_state: device_state.into(),
             running,
         };
+        let began = Instant::now();
         self.step(SourceEvent::Cut(cut));
+        let coding_us = began.elapsed().as_micros() as u64;
+        self.step(SourceEvent::Paced { coding_us, interval_us: self.pacer.interval().as_micros() as u64 });
         self.pace(held, scan + copy);
         if let Some(final_cut) = &mut self.final_cut {
             final_cut.was_cut(epoch);
@@ -663,6 +666,11 @@ fn paced_by(binding: Binding) -> &'static str {
 /// Processor time of this thread so far.
 fn thread_cpu() -> Duration {
     ClockId::CLOCK_THREAD_CPUTIME_ID.now().map_or(Duration::ZERO, Duration::from)
+}
+
+/// As much as the guest has, or more, is all of it: the source takes no more than that.
+pub(super) fn mirror_budget(mib: u64) -> MirrorBudget {
+    MirrorBudget::Bytes(mib.saturating_mul(1 << 20))
 }
 
 /// Where effects leave what the session is to do.

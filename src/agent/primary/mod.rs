@@ -44,6 +44,8 @@ pub struct PrimarySpec {
     pub term: u64,
     pub interval: Duration,
     pub budget: Budget,
+    /// Memory for previous contents of pages.
+    pub mirror_mib: u64,
     pub shadows: Vec<ShadowTarget>,
     /// Epoch that this host's copy was promoted from; numbers go on behind it.
     pub after_epoch: u64,

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::capturing::Capturing;
+use super::capturing::{Capturing, mirror_budget};
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
 use super::final_cut::forget_held;
@@ -285,9 +285,11 @@ impl Session {
             self.set_term(spec.term);
         }
         (self.spec.interval, self.spec.budget) = (spec.interval, spec.budget);
+        self.spec.mirror_mib = spec.mirror_mib;
         self.spec.shadows = spec.shadows;
         if let Some(capturing) = &mut self.capturing {
             capturing.set_pace(self.spec.interval, self.spec.budget);
+            capturing.source.set_mirror(mirror_budget(self.spec.mirror_mib));
         }
         self.sync_links();
     }

@@ -83,6 +83,11 @@ impl Encoder {
         self.writer.set_level(level);
     }
 
+    /// Starts over with an empty mirror.
+    pub fn set_mirror(&mut self, budget: MirrorBudget) {
+        self.mirror = Mirror::new(self.hashes.layout(), budget);
+    }
+
     /// Another cut begins: pages that were hot are a little less so.
     pub fn begin_cut(&mut self) {
         self.mirror.begin_cut();

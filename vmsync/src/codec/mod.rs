@@ -13,6 +13,7 @@
 //! them already.
 
 pub mod capture;
+pub mod effort;
 pub mod encoder;
 pub mod frame;
 pub mod mirror;
@@ -24,6 +25,7 @@ mod noise;
 mod writer;
 
 pub use diff::Patch;
+pub use effort::{Effort, Pace};
 pub use encoder::{CodecStats, Encoder, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
 pub use mirror::MirrorBudget;

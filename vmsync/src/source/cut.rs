@@ -13,6 +13,9 @@ use crate::page_set::PageSet;
 use crate::units::{Epoch, Millis, PAGE_SIZE_U64, PeerId, Term};
 use crate::wire::{Encoded, encode, encode_with};
 
+/// A link is congested when this part of what may be unsent still is when the next cut comes.
+const CONGESTED_PART: u64 = 8;
+
 /// Of one cut: what goes to all peers that are in step.
 struct Common {
     frames: Vec<Encoded>,
@@ -88,6 +91,8 @@ impl Source {
         self.skipped_plans = 0;
         self.totals.epochs += 1;
         self.totals.count_dirty(cut.dirty.len());
+        let unsent_max = self.config.limits.unsent_bytes / CONGESTED_PART;
+        self.congested = self.peers.values().any(|peer| peer.is_streaming() && peer.unsent_bytes > unsent_max);
         self.hash_for_verification(&cut);
         let takers = self.takers(&cut, &covered);
         if takers.is_empty() {

@@ -42,7 +42,7 @@ pub use verify::{NotCompared, PeerVerdict, VerifyReport};
 pub use view::{PeerState, PeerView, SourceTotals};
 
 use crate::batch::PageBatch;
-use crate::codec::{CodecStats, Encoder, MirrorBudget};
+use crate::codec::{CodecStats, Effort, Encoder, MirrorBudget, Pace};
 use crate::device_state::DeviceState;
 use crate::device_state::MAX_DEVICE_STATE_BYTES;
 use crate::hashes::HashSeed;
@@ -68,7 +68,8 @@ pub struct SourceConfig {
     pub layout: RamLayout,
     /// Handed to the target's driver as it is; at most [`MAX_DESCRIPTION_BYTES`].
     pub description: Vec<u8>,
-    /// See [`Encoder::set_level`].
+    /// Level of whole pages while neither CPU nor link is scarce; 0: no compression at all. See
+    /// [`codec::effort`](crate::codec::effort).
     pub zstd_level: i32,
     /// Memory for previous contents of pages.
     pub mirror: MirrorBudget,
@@ -190,6 +191,12 @@ pub enum SourceEvent {
         read: ReadId,
         pages: PageBatch,
     },
+    /// The step of the last [`Cut`](Self::Cut) took so long; cuts are so far apart. May be left out: compression then
+    /// stays as it is.
+    Paced {
+        coding_us: u64,
+        interval_us: u64,
+    },
     /// Compare all memory with all shadows. While a verification runs another one is not started: whoever asks
     /// then gets the result of the running one.
     VerifyStart,
@@ -288,6 +295,9 @@ pub struct Source {
     /// Knows the contents of pages as of the last cut that brought them. Never set from live reads: a streaming peer
     /// must have seen exactly that content.
     encoder: Encoder,
+    effort: Effort,
+    /// At the last cut a streaming peer had too much unsent.
+    congested: bool,
     /// Of the last epoch that was sent.
     former_state: Option<(Epoch, DeviceState)>,
     last_epoch: Epoch,
@@ -319,10 +329,13 @@ impl Source {
                 return Err(SourceConfigError::ZeroLimit(name));
             }
         }
+        let level = if config.zstd_level == 0 { 0 } else { Effort::new(config.zstd_level).level() };
         Ok(Self {
             seed: config.lineage.into(),
             peers: BTreeMap::new(),
-            encoder: Encoder::new(&config.layout, config.mirror, config.lineage.into(), config.zstd_level),
+            encoder: Encoder::new(&config.layout, config.mirror, config.lineage.into(), level),
+            effort: Effort::new(config.zstd_level),
+            congested: false,
             former_state: None,
             last_epoch: Epoch::NONE,
             // The tracker has run since before this source was made: as if many plans had been skipped.
@@ -357,6 +370,7 @@ impl Source {
                 self.collected(&dirty, effects);
             }
             SourceEvent::LiveRead { peer, read, pages } => self.live_read(&peer, read, &pages, effects),
+            SourceEvent::Paced { coding_us, interval_us } => self.paced(coding_us, interval_us),
             SourceEvent::VerifyStart => self.verify_start(now, effects),
             SourceEvent::VerifyRead { read, pages } => self.verify_read(read, &pages, effects),
             SourceEvent::Tick => self.tick(now, effects),
@@ -373,9 +387,32 @@ impl Source {
         self.last_epoch
     }
 
+    /// Other memory for previous contents from now on. What it held is forgotten: pages go whole once.
+    pub fn set_mirror(&mut self, budget: MirrorBudget) {
+        if budget != self.config.mirror {
+            self.config.mirror = budget;
+            self.encoder.set_mirror(budget);
+        }
+    }
+
+    /// Level of compression now.
+    pub fn zstd_level(&self) -> i32 {
+        if self.config.zstd_level == 0 { 0 } else { self.effort.level() }
+    }
+
     /// What coding came to so far, and how full the mirror is.
     pub fn codec_stats(&self) -> CodecStats {
         self.encoder.stats()
+    }
+
+    fn paced(&mut self, coding_us: u64, interval_us: u64) {
+        if self.config.zstd_level != 0 {
+            let before = self.effort.level();
+            let level = self.effort.after(Pace { interval_us, coding_us, congested: self.congested });
+            if level != before {
+                self.encoder.set_level(level);
+            }
+        }
     }
 
     fn new_read(&mut self) -> ReadId {
