@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 const THINKING: [&str; 3] = ["vmsync", "placement", "forecast"];
 /// What a thinking crate may use: values, arrays, hashes, compression, errors.
-const PURE: [&str; 6] = ["ndarray", "serde", "serde_json", "thiserror", "xxhash-rust", "zstd"];
+const PURE: [&str; 7] = ["ndarray", "serde", "serde_json", "thiserror", "toml", "xxhash-rust", "zstd"];
 const LONGEST_FILE_LINES: usize = 800;
 
 fn root() -> &'static Path {

@@ -1,11 +1,12 @@
 //! Which hosts keep a guest's shadows, and who may be its primary.
 //!
-//! This crate decides and does nothing: no clock, file, socket, thread or random source. [`topology`] chooses hosts;
-//! [`term`] holds the rules of primaryship; [`guardian`] is the state machine that turns silence, deaths and orders
+//! This crate decides and does nothing: no clock, file, socket, thread or random source. [`fleet`] plans hosts for all
+//! shadows of a site, by [`solver`], judged by [`checker`]; [`topology`] chooses for one guest by its racks alone; [`term`] holds the rules of primaryship; [`guardian`] is the state machine that turns silence, deaths and orders
 //! into what is written down first and what is said afterwards.
 #![forbid(unsafe_code)]
 
 pub mod checker;
+pub mod fleet;
 pub mod guardian;
 pub mod instance;
 pub mod solver;

@@ -53,6 +53,37 @@ pub struct Params {
     pub cost: Cost,
 }
 
+impl Params {
+    /// Hot, warm and cold, and prices that put a shadow left out above all, memory above CPU and streams, and let
+    /// load cost from 60 % on.
+    pub fn standard() -> Self {
+        let tier = |name: &str, memory_permille, far_permille, cpu_permille, vf| Tier {
+            name: name.into(),
+            memory_permille,
+            far_permille,
+            cpu_permille,
+            vf,
+        };
+        Self {
+            tiers: vec![tier("hot", 1000, 0, 50, 1), tier("warm", 300, 700, 20, 0), tier("cold", 50, 1000, 5, 0)],
+            cost: Cost {
+                cpu: 8,
+                far: 1,
+                moved: 5,
+                net_room: 100,
+                net_xroom: 300,
+                net_xregion: 1000,
+                unplaced_fixed: 2_000_000,
+                unplaced_mem: 60,
+                unplaced_first: 2,
+                bal_host: 100,
+                bal_rack: 1000,
+                bal_knots: vec![(600, 1), (800, 4), (900, 20)],
+            },
+        }
+    }
+}
+
 /// What a shadow of this tier holds of its guest, in thousandths.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Tier {

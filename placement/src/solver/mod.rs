@@ -12,6 +12,7 @@ use crate::instance::{Instance, Plan};
 mod anneal;
 mod board;
 mod candidates;
+mod explain;
 mod finish;
 mod fresh;
 mod greedy;
@@ -23,6 +24,10 @@ mod rng;
 mod stay;
 mod workers;
 
+#[cfg(test)]
+mod tests;
+
+pub use explain::{Verdict, explain};
 pub use refusal::{Fix, Objection, Reason, Refusal};
 pub use workers::{OneByOne, Task, Workers};
 
@@ -34,11 +39,13 @@ pub struct Options {
     /// Moves to try, in all. None: as many as the size asks for; 0: the first plan is the last.
     pub moves: Option<u64>,
     pub seed: u64,
+    /// Shadows that may stay where they stand are left there even if another one then finds no host.
+    pub keep: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { moves: None, seed: 1 }
+        Self { moves: None, seed: 1, keep: false }
     }
 }
 

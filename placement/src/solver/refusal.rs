@@ -58,6 +58,42 @@ impl Reason {
         }
     }
 
+    /// For people.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Down => "down or without an agent",
+            Self::Drain => "draining",
+            Self::Gen => "of an older generation",
+            Self::Label => "without what the guest asks for (labels, CPU model, machine type), or to be avoided",
+            Self::Domain => "in the primary's rack, switch or power domain",
+            Self::Div => "in the primary's room or region",
+            Self::Latency => "too far away",
+            Self::Sibling => "in the rack, switch or power domain of another shadow",
+            Self::Group => "with a guest of the same group",
+            Self::Mem => "without the memory",
+            Self::Far => "without the far memory",
+            Self::Vf => "without the VFs",
+            Self::Cpu => "without the CPU",
+            Self::BwHost => "with too busy a link",
+            Self::BwRack => "in a rack with too busy a link",
+            Self::BwRoom => "beyond a busy link between rooms",
+            Self::BwRegion => "beyond a busy link between regions",
+            Self::BwSrc => "behind the busy link of the primary's host or rack",
+        }
+    }
+
+    /// What its shortage is measured in.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Latency => "us",
+            Self::Mem | Self::Far => "MiB",
+            Self::Vf => "VFs",
+            Self::Cpu => "milli-vCPU",
+            Self::BwHost | Self::BwRack | Self::BwRoom | Self::BwRegion | Self::BwSrc => "Mbit/s",
+            _ => "",
+        }
+    }
+
     /// How hard it is to remedy: room is made more easily than a host, a policy changed more easily than a rack.
     fn effort(self) -> u32 {
         match self {

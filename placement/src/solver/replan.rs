@@ -33,7 +33,7 @@ pub(super) fn plan(
     } else {
         settle(problem, board, &free, &kept, options);
     }
-    if !out.is_empty() {
+    if !out.is_empty() && !options.keep {
         rescue(problem, board, &out, options);
     }
 }

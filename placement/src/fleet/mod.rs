@@ -1,0 +1,24 @@
+//! From what an operator writes and agents report to hosts for every shadow, in names.
+//!
+//! ```text
+//! topology file --> Topology --\
+//! agents ---------> HostFacts ---> plan --> Instance --> solver --> checker --> FleetPlan --> explain
+//! guests ---------> GuestFacts -/           (numbers)                           (names)
+//!                   (with Policy)
+//! ```
+
+mod document;
+mod facts;
+mod plan;
+mod policy;
+mod topology;
+mod translate;
+
+#[cfg(test)]
+mod tests;
+
+pub use document::FileError;
+pub use facts::{Capacity, GuestFacts, HostFacts};
+pub use plan::{FleetError, FleetPlan, FleetRefusal, Move, Placement, plan};
+pub use policy::{Policy, ShadowPolicy, Tier};
+pub use topology::Topology;
