@@ -1,12 +1,12 @@
-//! The cut: one monitor command that stops the guest, hands its device state out through a one-page pipe and starts
-//! it again, during whose stop the written pages are found and copied.
+//! The cut: one monitor command that stops the guest, hands its device state out through a short pipe and starts it
+//! again, during whose stop the written pages are found and copied.
 //!
 //! ```text
 //! agent                                   QEMU
 //! guard.begin ----------------------------------------> (guard: from now on at most `bound`)
 //! xen-save-devices-state -- libvirt -->   stops the vCPUs, drains I/O
-//!                        <-- pipe -----   writes the state; blocks: the pipe holds one page
-//! collect written pages, copy them        (guest stopped)
+//!                        <-- pipe -----   writes the state, as much of it as the pipe holds
+//! collect written pages, copy them        (goes on with the state; waits; the guest is stopped)
 //! read the pipe empty                     finishes, starts the guest
 //!                        <-- reply ----
 //! guard.end ------------------------------------------> void if it fired
@@ -87,7 +87,7 @@ impl StatePipe {
         fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pipe = Self { read_end: File::from(read_end), write_fd };
         pipe.empty()?;
-        pipe.narrow()?;
+        pipe.hold(PAGE_SIZE)?;
         Ok(pipe)
     }
 
@@ -110,9 +110,19 @@ impl StatePipe {
         Ok(())
     }
 
-    /// One page: QEMU waits for us after it.
-    fn narrow(&self) -> io::Result<()> {
-        fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(PAGE_SIZE as i32)).map(drop).map_err(Into::into)
+    /// From the next cut on QEMU waits for us after so many bytes, a power of two pages.
+    fn hold(&self, bytes: usize) -> io::Result<()> {
+        fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(bytes as i32)).map(drop).map_err(Into::into)
+    }
+
+    /// Bytes that wait to be read.
+    fn filled(&self) -> io::Result<usize> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: FIONREAD writes one int, which is alive for the call.
+        match unsafe { libc::ioctl(self.read_end.as_raw_fd(), libc::FIONREAD, &mut bytes) } {
+            0 => Ok(bytes as usize),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Room for all of a usual state: QEMU need not wait for us page by page once we have what we stopped it for.
@@ -138,6 +148,14 @@ pub struct Cutter {
     carried: PageSet,
     bound: Duration,
     state_bytes_hint: usize,
+}
+
+/// How much of a state of `len` bytes QEMU may write while we scan and copy. It must still have something to write when
+/// we are done, as the guest runs on after the last byte; so well below what the state was last time, and every cut
+/// checks it.
+fn held_bytes(len: usize) -> usize {
+    let most = (len / 4 * 3).clamp(PAGE_SIZE, WIDE_PIPE_BYTES as usize);
+    1 << most.ilog2()
 }
 
 impl Cutter {
@@ -238,6 +256,7 @@ impl Cutter {
         self.monitor.send(command);
         let mut worked = None;
         let mut began = None;
+        let mut filled = 0;
         let mut state = Vec::with_capacity(self.state_bytes_hint);
         let answer = loop {
             let (readable, answered) = self.wait(Duration::from_secs(1)).map_err(CutError::Pipe)?;
@@ -245,6 +264,7 @@ impl Cutter {
                 if began.is_none() {
                     began = Some(Instant::now());
                     worked = Some(work(&mut *self.tracker, &mut self.carried));
+                    filled = self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
                 }
                 self.read_available(&mut state)?;
@@ -256,7 +276,9 @@ impl Cutter {
             }
         };
         let ended = Instant::now();
-        self.pipe.narrow().map_err(CutError::Pipe)?;
+        // The room for the next cut: what this state allows, or the least until one has come through.
+        let room = if answer.is_ok() && state.len() > filled { held_bytes(state.len()) } else { PAGE_SIZE };
+        self.pipe.hold(room).map_err(CutError::Pipe)?;
         let fired = self.guard.end(self.slot)?;
         if fired {
             return Err(CutError::WatchdogFired(self.bound));
@@ -268,6 +290,10 @@ impl Cutter {
         worked?;
         if !state.starts_with(b"QEVM") {
             return Err(CutError::DeviceState("it does not begin with QEMU's magic word".into()));
+        }
+        // More came after we were done: QEMU had still been writing, and the guest had stood still.
+        if state.len() <= filled {
+            return Err(CutError::DeviceState(format!("all {filled} bytes came before memory was captured")));
         }
         self.state_bytes_hint = state.len() + 4096;
         Ok((state, began, ended - began))
@@ -376,6 +402,16 @@ impl Drop for MonitorThread {
 mod tests {
     use super::*;
     use std::io::Write;
+
+    #[test]
+    fn what_may_wait_in_the_pipe_is_less_than_the_state() {
+        for len in [0, 1, 4_096, 5_500, 13_000, 60_000, 181_000, 1 << 20, 9 << 20] {
+            let room = held_bytes(len);
+            assert!(room.is_power_of_two() && (PAGE_SIZE..=WIDE_PIPE_BYTES as usize).contains(&room));
+            assert!(room == PAGE_SIZE || room * 4 <= len * 3, "{room} of {len}");
+        }
+        assert_eq!(held_bytes(181_000), 128 << 10);
+    }
 
     #[test]
     fn what_an_earlier_cut_left_in_the_pipe_is_thrown_away() {
