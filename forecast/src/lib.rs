@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod cost;
+pub mod derived;
 pub mod error;
 pub mod events;
 pub mod features;
@@ -13,6 +15,7 @@ pub mod hybrid;
 pub mod models;
 pub mod quantiles;
 pub mod random;
+pub mod series;
 
 pub use history::{History, Shape};
 pub use hybrid::Hybrid;

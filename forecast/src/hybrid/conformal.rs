@@ -17,7 +17,7 @@ pub struct ConformalParams {
 
 impl Default for ConformalParams {
     fn default() -> Self {
-        Self { first_rate: 0.02, rate: 0.006, pooled: 0.9 }
+        Self { first_rate: 0.02, rate: 0.01, pooled: 0.9 }
     }
 }
 

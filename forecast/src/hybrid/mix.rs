@@ -17,7 +17,7 @@ pub struct MixParams {
 
 impl Default for MixParams {
     fn default() -> Self {
-        Self { rate: 0.3, memory: 0.998, pooled: 0.7 }
+        Self { rate: 0.5, memory: 0.998, pooled: 0.8 }
     }
 }
 

@@ -130,7 +130,9 @@ impl Hybrid {
         if self.history.is_measured(index) {
             self.tracking.mature(now, self.history.values()[index]);
         }
-        self.tracking.issue(now, experts.panel(&self.history, index));
+        if tracking::is_tracked(now) {
+            self.tracking.issue(now, experts.panel(&self.history, index));
+        }
         if self.tracking.drift.changes() > self.changes_seen {
             self.changes_seen = self.tracking.drift.changes();
             let soon = (self.history.shape().season as f64 * AFTER_CHANGE).max(24.0) as u64;

@@ -10,6 +10,16 @@ use super::mix::{Mix, MixParams};
 use crate::codec::{Reader, Writer};
 use crate::error::DecodeError;
 use crate::quantiles::{LEVEL_COUNT, Quantiles};
+use crate::random::Random;
+
+/// Share of live samples after which a forecast is kept to be judged: most of the worth at less than half the cost.
+const TRACKED: f64 = 0.4;
+
+/// Whether a forecast is kept after sample number `origin`. Chosen at random (by its number, so that runs repeat): every
+/// third would be blind to two thirds of the phases of a job that runs every half hour.
+pub(super) fn is_tracked(origin: u64) -> bool {
+    Random::new(origin).unit() < TRACKED
+}
 
 /// A forecast that waits.
 #[derive(Debug, Clone)]
@@ -62,6 +72,10 @@ impl Tracking {
 
     /// Keeps the forecast made after sample number `origin`.
     pub(super) fn issue(&mut self, origin: u64, panel: Panel) {
+        // Also while samples are missing and nothing matures.
+        while self.pending.front().is_some_and(|p| p.origin + (self.horizon as u64) < origin) {
+            self.pending.pop_front();
+        }
         let (mixed, issued) = self.stages(&panel);
         self.pending.push_back(Pending { origin, panel, mixed, issued });
     }
