@@ -5,13 +5,16 @@ use std::collections::BTreeMap;
 use super::{Report, domain, same};
 use crate::instance::{Guest, Instance, Level};
 
-/// CPU, memory, far memory and VFs of one copy while it is a shadow, and what its promotion adds (no far memory).
-pub(super) struct Demand {
-    pub(super) held: [i64; 4],
-    pub(super) more: [i64; 3],
+/// What one copy takes of a host.
+pub struct Demand {
+    /// CPU, memory, far memory and VFs of the shadow.
+    pub held: [i64; 4],
+    /// CPU, memory and VFs that its promotion adds.
+    pub more: [i64; 3],
 }
 
-pub(super) fn demand(instance: &Instance, vm: &Guest, k: usize) -> Demand {
+/// What copy `k` of `vm` takes of a host.
+pub fn demand(instance: &Instance, vm: &Guest, k: usize) -> Demand {
     let tier = &instance.params.tiers[vm.copies[k].tier];
     let up =
         |amount: i64, permille: i64| (amount * permille).div_euclid(1000) + i64::from(amount * permille % 1000 != 0);

@@ -13,6 +13,7 @@ mod ledger;
 mod tests;
 
 pub use audit::{Audit, audit};
+pub use ledger::{Demand, demand};
 
 use ledger::Ledger;
 
@@ -148,7 +149,7 @@ fn check_groups(instance: &Instance, plan: &Plan, report: &mut Report) {
 }
 
 /// Which domain of `level` a host belongs to.
-fn domain(instance: &Instance, level: Level, host: usize) -> u64 {
+pub fn domain(instance: &Instance, level: Level, host: usize) -> u64 {
     let rack = &instance.racks[instance.hosts[host].rack];
     match level {
         Level::Host => host as u64,
@@ -165,7 +166,7 @@ fn same(instance: &Instance, level: Level, a: usize, b: usize) -> bool {
 }
 
 /// Whether one rack, switch or power domain takes both hosts.
-fn fail_together(instance: &Instance, a: usize, b: usize) -> bool {
+pub fn fail_together(instance: &Instance, a: usize, b: usize) -> bool {
     [Level::Rack, Level::Switch, Level::Power].into_iter().any(|level| same(instance, level, a, b))
 }
 
@@ -190,7 +191,7 @@ fn round_trip_us(instance: &Instance, a: usize, b: usize) -> i64 {
 }
 
 /// The first rule that bars `copy` from `host` whatever else is placed.
-fn site_rule(instance: &Instance, vm: &Guest, copy: &Copy, host: usize) -> Option<&'static str> {
+pub fn site_rule(instance: &Instance, vm: &Guest, copy: &Copy, host: usize) -> Option<&'static str> {
     let there = &instance.hosts[host];
     if there.state == HostState::Down {
         Some("down")
