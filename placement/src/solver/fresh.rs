@@ -102,8 +102,8 @@ fn together(
     workers: &dyn Workers,
 ) {
     let n = problem.shadows.len();
-    let runs = if n <= TINY { 8 } else { 2 };
-    let moves = options.moves.unwrap_or(if n <= TINY { 2_500_000 } else { 4_000_000 }) / runs;
+    let runs = if n <= TINY { 6 } else { 2 };
+    let moves = options.moves.unwrap_or(if n <= TINY { 3_000_000 } else { 4_000_000 }) / runs;
     let soft = price_of_a_shadow(problem, board);
     let start = board.snapshot();
     let short = free.iter().any(|&id| start[id as usize] == NONE);
@@ -158,10 +158,12 @@ fn by_zones(
     let reaches_far = |&id: &u32| problem.shadows[id as usize].reach[1] || problem.shadows[id as usize].reach[2];
     let roaming: Vec<u32> = free.iter().copied().filter(reaches_far).collect();
     let zone_of = zone_of_hosts(problem);
+    // Where many have no host, it is by pushes that they get one.
+    let out = free.iter().filter(|&&id| board.at(id) == NONE).count();
+    let pushes = if out > free.len() / 200 { 128 } else { 16 };
     for round in 0..ROUNDS {
         let hot = hot * cooling.powi(round as i32);
-        let schedule =
-            |moves| Schedule { moves, hot, cold: hot * cooling, tries: 8, pushes: 16, rescues: 32, bias: 1.0 };
+        let schedule = |moves| Schedule { moves, hot, cold: hot * cooling, tries: 8, pushes, rescues: 32, bias: 1.0 };
         let rng = |part: u64| Rng::of(options.seed, u64::from(3 + round) << 32 | part);
         let movable = by_zone(problem, board, free, &zone_of);
         let views: Vec<_> = board.zones(problem).into_iter().zip(movable).enumerate().collect();

@@ -3,7 +3,6 @@
 //! A *zone* is the smallest set of rooms of which no switch and no power domain reaches into another room. Moves within
 //! a room of one zone touch nothing that moves in another zone read or write, so zones can be searched side by side.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -24,7 +23,7 @@ pub(super) struct Problem<'a> {
     pub(super) rooms: Vec<Room>,
     pub(super) regions: Vec<Region>,
     pub(super) zones: Vec<Zone>,
-    /// By the host of the primary, so that what is searched together lies together.
+    /// For a plan from nothing by the host of the primary, so that what is searched together lies together.
     pub(super) shadows: Vec<Shadow>,
     /// First shadow of each guest, and the end; guests in the order of `guests`, their positions in the instance.
     pub(super) first: Vec<u32>,
@@ -218,7 +217,10 @@ impl<'a> Problem<'a> {
         let nearest = self.nearest_edges();
         let instance = self.instance;
         self.guests = (0..instance.vms.len() as u32).collect();
-        self.guests.sort_by_key(|&guest| self.internal[instance.vms[guest as usize].primary]);
+        // A re-plan looks at each shadow once or twice: reading the instance in its own order is what counts then.
+        if !instance.is_replan() {
+            self.guests.sort_by_key(|&guest| self.internal[instance.vms[guest as usize].primary]);
+        }
         let mut group_ids = BTreeMap::new();
         let mut groups: Vec<Vec<u32>> = Vec::new();
         self.shadows.reserve_exact(instance.copies());
@@ -250,13 +252,16 @@ impl<'a> Problem<'a> {
     }
 
     fn sort_by_size(&mut self) {
+        // Amounts are not negative; the complement sorts the largest first.
+        let largest_first = |amount: i32| u128::from(!(amount as u32));
         let key = |shadow: &Shadow| {
-            let room = self.sites[shadow.primary as usize].room;
-            let whole = (shadow.mem + shadow.more_mem, shadow.cpu + shadow.more_cpu);
-            (room, shadow.copy, Reverse((shadow.more_mem, shadow.more_cpu)), Reverse(whole))
+            let room = u128::from(self.sites[shadow.primary as usize].room);
+            (room << 104 | u128::from(shadow.copy.min(255)) << 96)
+                | largest_first(shadow.more_mem) << 64
+                | largest_first(shadow.more_cpu) << 32
+                | largest_first(shadow.mem + shadow.more_mem)
         };
-        let mut by_size: Vec<_> =
-            (0..self.shadows.len() as u32).map(|id| (key(&self.shadows[id as usize]), id)).collect();
+        let mut by_size: Vec<(u128, u32)> = self.shadows.iter().map(key).zip(0..).collect();
         by_size.sort_unstable();
         self.by_size = by_size.into_iter().map(|(_, id)| id).collect();
         self.size_rank = vec![0; self.by_size.len()];
