@@ -72,6 +72,8 @@ pub struct AgentConfig {
     pub tracker: TrackerChoice,
     /// The longest a cut may keep a guest stopped before the watchdog lets it go, milliseconds.
     pub watchdog_ms: u64,
+    /// For measuring codecs: a folder for files with the memory of protected guests and their epochs, in the clear.
+    pub record_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,6 +137,7 @@ impl Default for AgentConfig {
             libvirt_uri: "qemu:///system".into(),
             tracker: TrackerChoice::Auto,
             watchdog_ms: 300,
+            record_dir: None,
         }
     }
 }

@@ -81,6 +81,7 @@ pub fn start(
         tracker: config.agent.tracker,
         watchdog: Duration::from_millis(config.agent.watchdog_ms),
         run_dir: config.run_dir.clone(),
+        record_dir: config.agent.record_dir.clone(),
         report,
     });
     let (tracker, why) = doctor::tracker(config.agent.tracker);

@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::types::{ApiError, Budget, CaptureStats, DoctorReport, ShadowState, VerifyReport};
+use super::types::{ApiError, Budget, CaptureStats, DoctorReport, Percentiles, ShadowState, VerifyReport};
 
 /// Grows with every incompatible change; both sides must have the same.
 pub const CONTROL_VERSION: u32 = 1;
@@ -147,6 +147,8 @@ pub struct PeerStatus {
     pub reason: String,
     pub committed_epoch: u64,
     pub lag_ms: u64,
+    #[serde(default)]
+    pub lag_peak_ms: Percentiles,
     pub wire_bytes_per_s: u64,
     pub pending_pages: u64,
 }

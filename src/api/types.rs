@@ -167,6 +167,9 @@ pub struct ShadowView {
     pub committed_epoch: u64,
     /// Age of that epoch, milliseconds.
     pub lag_ms: u64,
+    /// How old each epoch became until the next was committed, milliseconds.
+    #[serde(default)]
+    pub lag_peak_ms: Percentiles,
     /// Bytes per second to this shadow over the last second.
     pub wire_bytes_per_s: u64,
     /// Pages this shadow still lacks.

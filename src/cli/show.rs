@@ -262,6 +262,7 @@ pub(super) mod tests {
                 reason: String::new(),
                 committed_epoch: 76,
                 lag_ms: 52,
+                lag_peak_ms: Default::default(),
                 wire_bytes_per_s: 2_500_000,
                 pending_pages: 0,
             }],

@@ -5,7 +5,9 @@
 
 mod failover;
 mod pause;
+mod workloads;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,9 +27,11 @@ pub enum Benchmark {
     Failover,
     /// Planned moves: how long the guest stands still
     Switchover,
+    /// Redis, PostgreSQL, gcc, an idle guest, random data, each with two shadows: pauses, lag, traffic, memory
+    Workloads,
 }
 
-const ALL: [Benchmark; 3] = [Benchmark::Pause, Benchmark::Failover, Benchmark::Switchover];
+const ALL: [Benchmark; 4] = [Benchmark::Pause, Benchmark::Failover, Benchmark::Switchover, Benchmark::Workloads];
 
 /// One measured figure.
 #[derive(Debug, Clone, Serialize)]
@@ -76,23 +80,41 @@ impl Row {
     }
 }
 
+/// What is asked of the benchmarks.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchOptions {
+    /// Which benchmark; all if not given
+    pub which: Option<Benchmark>,
+    /// Failovers of each kind, switchovers
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub rounds: u32,
+    /// Only this guest of the benchmark "workloads": redis, postgres, gcc, idle or random; several times for several
+    #[arg(long, value_name = "WORKLOAD")]
+    pub workload: Vec<String>,
+    /// Record the epochs of the benchmark "workloads" into this folder instead of measuring: at 50 ms, then at 1 s
+    #[arg(long, value_name = "DIR")]
+    pub record: Option<PathBuf>,
+}
+
 /// What a benchmark has: a lab of its own, and a way to print.
 struct Bench {
     json: bool,
     interrupt: Arc<AtomicBool>,
     lab_name: String,
+    record_dir: Option<PathBuf>,
 }
 
 /// Runs one benchmark or all.
-pub fn run(
-    lab_name: &str,
-    which: Option<Benchmark>,
-    rounds: u32,
-    json: bool,
-    interrupt: Arc<AtomicBool>,
-) -> Result<()> {
-    let bench = Bench { json, interrupt, lab_name: lab_name.to_owned() };
-    if !json {
+pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<AtomicBool>) -> Result<()> {
+    let (which, rounds) = (options.which, options.rounds);
+    if which != Some(Benchmark::Workloads) && (options.record.is_some() || !options.workload.is_empty()) {
+        let reason = "only the benchmark \"workloads\" takes --workload and --record".into();
+        return Err(LabError::Invalid { what: "benchmark", value: "other".into(), reason });
+    }
+    let record_dir = options.record.as_deref().map(std::path::absolute).transpose();
+    let record_dir = record_dir.map_err(LabError::system("find the folder to record into"))?;
+    let bench = Bench { json, interrupt, lab_name: lab_name.to_owned(), record_dir };
+    if !json && bench.record_dir.is_none() {
         println!("{:<44} {:>9} {:<8} {:<10} {:<7} beside, in the same run", "figure", "value", "unit", "target", "");
     }
     for benchmark in ALL.iter().filter(|b| which.is_none_or(|wanted| wanted == **b)) {
@@ -100,6 +122,7 @@ pub fn run(
             Benchmark::Pause => pause::run(&bench)?,
             Benchmark::Failover => failover::run(&bench, rounds)?,
             Benchmark::Switchover => failover::run_switchover(&bench, rounds)?,
+            Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
         }
     }
     Ok(())
@@ -111,6 +134,7 @@ impl Bench {
             hosts,
             racks: hosts,
             owned: true,
+            record_dir: self.record_dir.clone(),
             interrupt: Arc::clone(&self.interrupt),
             ..LabOptions::new(&self.lab_name)
         })
@@ -146,6 +170,19 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// The limit of a pause: copying as many pages within one process, milliseconds.
+fn memcpy_ms(pages: usize) -> f64 {
+    let source = vec![1u8; pages.max(1) * vmsync::units::PAGE_SIZE];
+    let mut target = vec![0u8; source.len()];
+    let began = std::time::Instant::now();
+    const TIMES: u32 = 20;
+    for _ in 0..TIMES {
+        target.copy_from_slice(std::hint::black_box(&source));
+        std::hint::black_box(&mut target);
+    }
+    began.elapsed().as_secs_f64() * 1e3 / f64::from(TIMES)
 }
 
 /// The value below which `percent` of the values lie; 0 of none.

@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
-use super::bench::{self, Benchmark};
+use super::bench::{self, BenchOptions};
 use super::error::{LabError, Result};
 use super::guest::{Backing, GuestOptions, Machine, Workload};
 use super::{Lab, LabOptions, QemuUser, demo, image, init};
@@ -81,13 +81,7 @@ enum LabCommand {
     /// Lose a host under a protected guest, in a lab of its own, and show what that costs
     Demo,
     /// Measure the product in labs of its own, beside what it can be compared with, and print a table
-    Bench {
-        /// Which benchmark; all if not given
-        which: Option<Benchmark>,
-        /// Failovers of each kind, switchovers
-        #[arg(long, default_value_t = 20, value_name = "N")]
-        rounds: u32,
-    },
+    Bench(BenchOptions),
     /// Start a new guest on a host and print its address
     Guest {
         /// Name of the guest
@@ -192,7 +186,7 @@ impl Cli {
             LabCommand::Up { .. } => format!("raise lab {lab}"),
             LabCommand::Down { .. } => format!("take lab {lab} down"),
             LabCommand::Demo => "run the demo".into(),
-            LabCommand::Bench { .. } => "run the benchmarks".into(),
+            LabCommand::Bench(_) => "run the benchmarks".into(),
             LabCommand::Status => format!("show lab {lab}"),
             LabCommand::Guest { guest, host, .. } => format!("start guest {guest} on {host}"),
             LabCommand::Ask { guest, .. } => format!("ask guest {guest}"),
@@ -246,8 +240,8 @@ impl Cli {
                 let report = demo::run(&own_name(&name, "demo"), watch_interrupt()?, &say)?;
                 print(json, &report, || format!("\n{}", report.to_text()));
             }
-            LabCommand::Bench { which, rounds } => {
-                bench::run(&own_name(&name, "bench"), which, rounds, json, watch_interrupt()?)?;
+            LabCommand::Bench(options) => {
+                bench::run(&own_name(&name, "bench"), &options, json, watch_interrupt()?)?;
             }
             LabCommand::Status => {
                 let status = open()?.status()?;

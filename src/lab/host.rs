@@ -202,6 +202,7 @@ fn write_config(state: &LabState, node: &NodeState, dir: &Path) -> Result<()> {
             enabled: is_host,
             manager: is_host.then(|| (MANAGER_IP, CONTROL_PORT).into()),
             sync_listen: (node.ip, SYNC_PORT).into(),
+            record_dir: state.record_dir.clone(),
             ..AgentConfig::default()
         },
         manager: ManagerConfig {

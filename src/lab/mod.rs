@@ -73,6 +73,8 @@ pub struct LabOptions {
     pub transport: Transport,
     /// Whether virtshadowd runs on the hosts and the manager.
     pub daemons: bool,
+    /// Where its agents record the epochs of guests, memory in the clear; for measuring codecs.
+    pub record_dir: Option<PathBuf>,
     /// The lab lives no longer than this process: [`Lab`] removes it when dropped, and the next [`Lab::up`] of any
     /// process if this one dies before that.
     pub owned: bool,
@@ -92,6 +94,7 @@ impl LabOptions {
             qemu_user: QemuUser::Root,
             transport: Transport::Tls,
             daemons: true,
+            record_dir: None,
             owned: false,
             verbose: false,
             interrupt: Arc::default(),

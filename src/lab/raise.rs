@@ -108,6 +108,7 @@ fn plan(options: &LabOptions) -> Result<LabState> {
         qemu_user: options.qemu_user,
         transport: options.transport,
         daemons: options.daemons,
+        record_dir: options.record_dir.clone(),
         complete: false,
         nodes,
         cut_racks: Vec::new(),

@@ -79,6 +79,8 @@ pub struct LabState {
     pub qemu_user: QemuUser,
     pub transport: Transport,
     pub daemons: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record_dir: Option<PathBuf>,
     /// False while `up` is at work; a lab that stays so was interrupted.
     pub complete: bool,
     pub nodes: Vec<NodeState>,

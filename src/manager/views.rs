@@ -113,6 +113,7 @@ impl State {
             },
             committed_epoch: from_peer(|peer| peer.committed_epoch).max(own.map_or(0, |own| own.committed_epoch)),
             lag_ms: from_peer(|peer| peer.lag_ms).saturating_add(stale_ms),
+            lag_peak_ms: peer.map_or_else(Default::default, |peer| peer.lag_peak_ms),
             wire_bytes_per_s: from_peer(|peer| peer.wire_bytes_per_s),
             pending_pages: from_peer(|peer| peer.pending_pages),
         }

@@ -276,6 +276,7 @@ fn following(host: &str) -> PeerStatus {
         reason: String::new(),
         committed_epoch: 100,
         lag_ms: 42,
+        lag_peak_ms: Default::default(),
         wire_bytes_per_s: 1_000,
         pending_pages: 0,
     }

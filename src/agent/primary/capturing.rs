@@ -20,12 +20,13 @@ use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::{FinalCut, forget_held};
 use super::peers::PeerEvent;
+use super::recorder::Recorder;
 use super::report::{peer_status, verify_report};
 use super::session::{Input, Session};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
-use crate::agent::stats::{Dirty, Pauses, Rate};
+use crate::agent::stats::{Dirty, Pauses, PeakLags, Rate};
 use crate::api::control::PrimaryStatus;
 use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
@@ -83,6 +84,7 @@ pub(super) struct Capturing {
     next_cut_at: Instant,
     /// The tracker's preparation is done.
     ready: bool,
+    recorder: Option<Recorder>,
     /// Since when the cut thread is at work.
     pub(super) cutting_since: Option<Instant>,
     last_cut_ended: Instant,
@@ -98,6 +100,7 @@ pub(super) struct Capturing {
     /// Why there is no connection to a shadow's host.
     lost: BTreeMap<String, String>,
     rates: BTreeMap<String, Rate>,
+    lags: BTreeMap<String, PeakLags>,
     totals: Totals,
     /// Totals of earlier attachments, which the source's own are added to.
     before: (u64, u64, u64),
@@ -160,6 +163,9 @@ impl Capturing {
         if !process.is_alive() {
             return Err("QEMU ended while it was being attached".into());
         }
+        let interval_ms = spec.interval.as_millis();
+        let recorder =
+            context.record_dir.as_ref().and_then(|dir| Recorder::start(dir, &spec.domain, interval_ms, &memory));
         let totals = std::mem::take(&mut session.totals);
         tracing::info!(guest = spec.domain, pid = process.pid, tracker, tracker_reason, "attached");
         let now = Instant::now();
@@ -182,6 +188,7 @@ impl Capturing {
             last_cost: (now, thread_cpu(), 0),
             next_cut_at: now,
             ready: false,
+            recorder,
             cutting_since: None,
             last_cut_ended: now,
             failures: 0,
@@ -193,6 +200,7 @@ impl Capturing {
             refusals: BTreeMap::new(),
             lost: BTreeMap::new(),
             rates: BTreeMap::new(),
+            lags: BTreeMap::new(),
             before: (totals.raw_bytes, totals.wire_bytes, totals.epochs),
             totals,
             deferred: Vec::new(),
@@ -352,6 +360,9 @@ impl Capturing {
             }
         }
         let epoch = epochs.next();
+        if let Some(recorder) = &mut self.recorder {
+            recorder.cut(epoch, at.saturating_duration_since(self.started), &pages, &device_state);
+        }
         let running = self.final_cut.as_ref().map_or(!self.paused, FinalCut::guest_ran);
         let cut = Cut {
             epoch: Epoch::new(epoch),
@@ -493,6 +504,7 @@ impl Capturing {
     pub(super) fn remove_peer(&mut self, host: &str) {
         self.refusals.remove(host);
         self.rates.remove(host);
+        self.lags.remove(host);
         self.step(SourceEvent::PeerRemoved { peer: PeerId::new(host) });
     }
 
@@ -619,11 +631,14 @@ impl Capturing {
             watchdog_fired_total: self.totals.watchdog_fired,
         };
         let now = self.now();
-        let (rates, refusals, lost) = (&mut self.rates, &self.refusals, &self.lost);
+        let (rates, lags) = (&mut self.rates, &mut self.lags);
+        let (refusals, lost) = (&self.refusals, &self.lost);
         let peers = self.source.peer_views(now).into_iter().map(|view| {
             let host = view.peer.as_str().to_owned();
             let rate = rates.entry(host.clone()).or_default().update(now.get(), view.wire_bytes_total);
-            peer_status(host, view, rate, refusals, lost)
+            let committed = view.committed.zip(view.lag).map(|(epoch, lag)| (epoch.get(), lag.get()));
+            let lag_peak = lags.entry(host.clone()).or_default().observe(now.get(), committed);
+            peer_status(host, view, rate, lag_peak, refusals, lost)
         });
         status.peers = peers.collect();
     }

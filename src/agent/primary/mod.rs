@@ -15,6 +15,7 @@ mod epochs;
 mod exit_watch;
 mod final_cut;
 mod peers;
+mod recorder;
 mod report;
 mod session;
 mod watch;
@@ -61,6 +62,8 @@ pub struct PrimaryContext {
     pub tracker: TrackerChoice,
     pub watchdog: Duration,
     pub run_dir: std::path::PathBuf,
+    /// Where epochs are recorded, if at all.
+    pub record_dir: Option<std::path::PathBuf>,
     /// Takes events for the manager; must not block.
     pub report: Arc<dyn Fn(GuestEvent) + Send + Sync>,
 }

@@ -6,7 +6,7 @@ use vmsync::source::{PeerState, PeerVerdict, PeerView};
 use vmsync::units::{Epoch, Millis};
 
 use crate::api::control::PeerStatus;
-use crate::api::types::{ShadowState, VerifyReport, VerifyShadow};
+use crate::api::types::{Percentiles, ShadowState, VerifyReport, VerifyShadow};
 use crate::capture::memory::GuestMemory;
 
 /// A shadow as its primary sees it: `refusals` and `lost` tell why there is no connection.
@@ -14,6 +14,7 @@ pub(super) fn peer_status(
     host: String,
     view: PeerView,
     rate: u64,
+    lag_peak_ms: Percentiles,
     refusals: &BTreeMap<String, String>,
     lost: &BTreeMap<String, String>,
 ) -> PeerStatus {
@@ -30,6 +31,7 @@ pub(super) fn peer_status(
         reason: refused.cloned().or(lost).unwrap_or(view.reason),
         committed_epoch: view.committed.map_or(0, Epoch::get),
         lag_ms: view.lag.map_or(0, Millis::get),
+        lag_peak_ms,
         wire_bytes_per_s: rate,
         pending_pages: view.pending_pages,
         host,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row};
+use super::{Bench, Row, memcpy_ms};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::{GuestClient, Lab};
@@ -80,17 +80,4 @@ fn peers(bench: &Bench, lab: &Lab, ip: std::net::Ipv4Addr) -> Result<()> {
     let row = Row::new("peer: virsh migrate --live, silence", silent.as_secs_f64() * 1e3, "ms");
     bench.print(&row.beside("s for all of it", took.as_secs_f64()));
     Ok(())
-}
-
-/// The limit of the pause: copying as many pages within one process, milliseconds.
-fn memcpy_ms(pages: usize) -> f64 {
-    let source = vec![1u8; pages.max(1) * vmsync::units::PAGE_SIZE];
-    let mut target = vec![0u8; source.len()];
-    let began = Instant::now();
-    const TIMES: u32 = 20;
-    for _ in 0..TIMES {
-        target.copy_from_slice(std::hint::black_box(&source));
-        std::hint::black_box(&mut target);
-    }
-    began.elapsed().as_secs_f64() * 1e3 / f64::from(TIMES)
 }
