@@ -91,7 +91,7 @@ pub(super) fn price_of_a_shadow(problem: &Problem<'_>, board: &Board) -> f64 {
     ((objective - left_out) as f64 / placed as f64).max(1.0)
 }
 
-/// Improves several copies of the plan from other seeds and keeps the best. While there are shadows without a host every
+/// Improves several copies of the plan from other seeds and keeps the best. While many shadows have no host every
 /// other one begins hot enough to exchange those.
 fn together(
     problem: &Problem<'_>,
@@ -103,10 +103,10 @@ fn together(
 ) {
     let n = problem.shadows.len();
     let runs = if n <= TINY { 6 } else { 2 };
-    let moves = options.moves.unwrap_or(if n <= TINY { 3_000_000 } else { 4_000_000 }) / runs;
+    let moves = options.moves.unwrap_or(if n <= TINY { 3_000_000 } else { 4_600_000 }) / runs;
     let soft = price_of_a_shadow(problem, board);
     let start = board.snapshot();
-    let short = free.iter().any(|&id| start[id as usize] == NONE);
+    let short = many_out(board, free);
     let pushes = if short { 200 } else { 64 };
     let fine = Schedule { moves, hot: soft, cold: 0.01 * soft, tries: 6, pushes, rescues: 32, bias: 1.0 };
     let hard = free.iter().map(|&id| View::left_out(&problem.shadows[id as usize])).sum::<i64>() / free.len() as i64;
@@ -159,8 +159,7 @@ fn by_zones(
     let roaming: Vec<u32> = free.iter().copied().filter(reaches_far).collect();
     let zone_of = zone_of_hosts(problem);
     // Where many have no host, it is by pushes that they get one.
-    let out = free.iter().filter(|&&id| board.at(id) == NONE).count();
-    let pushes = if out > free.len() / 200 { 128 } else { 16 };
+    let pushes = if many_out(board, free) { 128 } else { 16 };
     for round in 0..ROUNDS {
         let hot = hot * cooling.powi(round as i32);
         let schedule = |moves| Schedule { moves, hot, cold: hot * cooling, tries: 8, pushes, rescues: 32, bias: 1.0 };
@@ -175,6 +174,11 @@ fn by_zones(
         let (objective, unplaced) = board.total(problem);
         watch(Stage::Improved { objective, unplaced });
     }
+}
+
+/// Whether more than a few have no host.
+fn many_out(board: &Board, free: &[u32]) -> bool {
+    free.iter().filter(|&&id| board.at(id) == NONE).count() > free.len() / 200
 }
 
 fn zone_of_hosts(problem: &Problem<'_>) -> Vec<usize> {
