@@ -38,7 +38,7 @@ fn frames() {
 
 #[test]
 fn device_states() {
-    let former = DeviceState { running: true, bytes: (0..3000u32).map(|i| (i * 7 >> 3) as u8).collect() };
+    let former = DeviceState { running: true, bytes: (0..3000u32).map(|i| ((i * 7) >> 3) as u8).collect() };
     for bytes in inputs(include_str!("../../fixtures/vmsync/fuzz-device-state.hex")) {
         if let Ok(state) = DeviceState::decode(&bytes, Some(&former)) {
             assert!(state.bytes.len() <= 16 << 20);
