@@ -1,13 +1,17 @@
 //! What a cut costs the guest: its pause, as QEMU's STOP and RESUME events tell it, and the work it gets done.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Bench, Row, memcpy_ms};
+use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::{GuestClient, Lab};
 
 const INTERVAL: Duration = Duration::from_millis(50);
+/// Cuts by QEMU alone: ten seconds.
+const CUTS_ALONE: u32 = 200;
 const MEASURE_FOR: Duration = Duration::from_secs(20);
 /// A guest that computes, rewrites 4,000 pages a second and checks them.
 const WORKLOAD: &str = "busy:4000";
@@ -39,8 +43,6 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let pause = view.capture.pause_us;
     let ms = |us: u64| us as f64 / 1e3;
     let copy_ms = memcpy_ms(view.capture.dirty_pages.mean as usize);
-    bench.print(&Row::new("pause p50, 1 GiB, 50 ms", ms(pause.p50), "ms").at_most(1.5).beside("ms memcpy", copy_ms));
-    bench.print(&Row::new("pause p99", ms(pause.p99), "ms").at_most(4.0).beside("ms memcpy", copy_ms));
     bench.print(&Row::new("dirty pages an epoch", view.capture.dirty_pages.mean, "pages"));
     let share = protected / unprotected * 100.0;
     let row = Row::new("guest's own work while protected", share, "%").at_least(95.0);
@@ -48,10 +50,52 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     fleet.disable("busy")?;
     bench.sleep(Duration::from_secs(1))?;
     let again = work_rate(bench, &mut client)?;
+    let (alone_p50, alone_p99) = qemu_alone(bench, &lab)?;
+    let row = Row::new("pause p50, 1 GiB, 50 ms", ms(pause.p50), "ms").at_most(1.5);
+    bench.print(&row.beside("ms QEMU alone: state to /dev/null", ms(alone_p50)));
+    let row = Row::new("pause p99", ms(pause.p99), "ms").at_most(4.0);
+    bench.print(&row.beside("ms QEMU alone", ms(alone_p99)));
+    bench.print(&Row::new("memcpy of the same pages, the limit of a copy", copy_ms, "ms"));
     let row = Row::new("unprotected again (drift of the machine)", again / unprotected * 100.0, "%");
     bench.print(&row.beside("units/s", again));
     drop(client);
     peers(bench, &lab, guest.ip)
+}
+
+/// The floor under every cut: how long QEMU itself stops the guest to write its device state, with nobody scanning or
+/// copying, as its STOP and RESUME events tell it. p50 and p99 in microseconds.
+fn qemu_alone(bench: &Bench, lab: &Lab) -> Result<(u64, u64)> {
+    let failed = |error: HypervisorError| LabError::Product(format!("the guest without protection: {error}"));
+    bench.say("the same cuts by QEMU alone")?;
+    let hypervisor = Hypervisor::connect(&lab.libvirt_uri("host1")).map_err(failed)?;
+    let seen: Arc<Mutex<(Option<u64>, Vec<u64>)>> = Arc::default();
+    let sink = Arc::clone(&seen);
+    let subscribed = hypervisor.subscribe(Arc::new(move |event| {
+        if let HypervisorEvent::Monitor { event, time_us, .. } = event {
+            let mut seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
+            match event.as_str() {
+                "STOP" => seen.0 = Some(time_us),
+                "RESUME" => {
+                    let stopped = seen.0.take();
+                    seen.1.extend(stopped.map(|at| time_us.saturating_sub(at)));
+                }
+                _ => {}
+            }
+        }
+    }));
+    subscribed.map_err(failed)?;
+    let domain = hypervisor.lookup("busy").map_err(failed)?;
+    for _ in 0..CUTS_ALONE {
+        let arguments = serde_json::json!({"filename": "/dev/null", "live": false});
+        domain.qmp_call("xen-save-devices-state", arguments).map_err(failed)?;
+        bench.sleep(INTERVAL)?;
+    }
+    let mut pauses = std::mem::take(&mut seen.lock().unwrap_or_else(PoisonError::into_inner).1);
+    pauses.sort_unstable();
+    match pauses.len() {
+        0 => Err(LabError::Product("QEMU told of no pause".into())),
+        len => Ok((pauses[len / 2], pauses[len * 99 / 100])),
+    }
 }
 
 /// What libvirt itself offers to get a guest's state out: how long does the guest stand still?
