@@ -29,15 +29,15 @@ impl Operator {
     }
 
     fn domain_state(&self) -> String {
-        // A cut shows as paused for a few milliseconds.
-        for _ in 0..20 {
+        // A cut shows as paused for a few milliseconds, and on a busy machine that is when others get to ask.
+        let asked = Instant::now();
+        loop {
             let state = self.virsh(&["domstate", GUEST]);
-            if state.trim() != "paused" {
+            if state.trim() != "paused" || asked.elapsed() > Duration::from_secs(10) {
                 return state.trim().to_owned();
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(23));
         }
-        "paused".into()
     }
 
     /// The guest runs where it should, protected by equal shadows, and there is no domain of it anywhere else.
@@ -317,7 +317,7 @@ fn limiting_its_cost(operator: &Operator) {
         println!("{order:?}: every {} us, for {}", view.capture.interval_now_us, view.capture.paced_by);
     }
     let (code, _, errors) = bed.cli(&operator.at, &["enable", GUEST, "--budget", "pause=much"]);
-    assert!(code == Some(2) && errors.contains("percentage"), "{errors}");
+    assert!(code == Some(1) && errors.contains("percentage"), "{code:?} {errors}");
     operator.settled("a budget, and none");
 }
 
