@@ -24,7 +24,7 @@ const DECAY: [u32; HALF_LIFE_CUTS as usize] = [
 /// Slots looked at to find one to put out.
 const CANDIDATES: usize = 8;
 /// Pages that are allocated at once.
-const SLAB_PAGES: usize = 512;
+const SLAB_PAGES: usize = 4096;
 
 /// Memory for previous contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,8 @@ pub(super) struct Mirror {
     /// One [`Account`] a page.
     pages: Vec<u64>,
     slots: Vec<Slot>,
-    slabs: Vec<Vec<Page>>,
+    /// Bytes, because only of these a zeroed vector costs no memory before it is written.
+    slabs: Vec<Vec<u8>>,
     free: Vec<u32>,
     slots_max: usize,
     hand: usize,
@@ -141,12 +142,12 @@ impl Mirror {
 
     pub(super) fn get(&self, addr: PageAddr) -> Option<&Page> {
         let slot = Account(self.pages[self.index(addr)?]).slot()?;
-        Some(&self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES])
+        Some(page_of(&self.slabs, slot))
     }
 
     pub(super) fn held(&mut self, addr: PageAddr) -> Option<Held<'_>> {
         let slot = Account(self.pages[self.index(addr)?]).slot()?;
-        let page = &mut self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES];
+        let page = &mut self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES];
         Some(Held { page, sum: &mut self.slots[slot].sum })
     }
 
@@ -157,7 +158,7 @@ impl Mirror {
         let Some(slot) = self.room_for(index, put_out) else { return false };
         // A page's number fits in 32 bits, or it would not be in a layout.
         self.slots[slot] = Slot { page: index as u32, stale: false, sum: 0 };
-        self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES] = *page;
+        self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES] = *page;
         self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
         true
     }
@@ -212,7 +213,7 @@ impl Mirror {
             let slot = self.slots.len();
             if slot.is_multiple_of(SLAB_PAGES) {
                 let pages = SLAB_PAGES.min(self.slots_max - slot);
-                self.slabs.push(vec![[0; PAGE_SIZE]; pages]);
+                self.slabs.push(vec![0; pages * PAGE_SIZE]);
             }
             self.slots.push(Slot { page: Slot::FREE, stale: false, sum: 0 });
             return Some(slot);
@@ -228,7 +229,7 @@ impl Mirror {
         let victim = self.slots[slot].page as usize;
         let addr = self.layout.addr(victim as u64)?;
         if !self.slots[slot].stale {
-            put_out(addr, &self.slabs[slot / SLAB_PAGES][slot % SLAB_PAGES]);
+            put_out(addr, page_of(&self.slabs, slot));
         }
         self.pages[victim] = Account(self.pages[victim]).with_slot(None).0;
         Some(slot)
@@ -250,6 +251,10 @@ impl Mirror {
     fn index(&self, addr: PageAddr) -> Option<usize> {
         self.layout.linear(addr).and_then(|linear| usize::try_from(linear).ok())
     }
+}
+
+fn page_of(slabs: &[Vec<u8>], slot: usize) -> &Page {
+    &slabs[slot / SLAB_PAGES].as_chunks().0[slot % SLAB_PAGES]
 }
 
 impl std::fmt::Debug for Mirror {
