@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use nix::time::{ClockId, clock_gettime};
 use vmsync::codec::capture::{CaptureReader, CapturedEpoch};
-use vmsync::codec::{Encoder, FrameDecoder, KnownPages, MirrorBudget, PageContent};
+use vmsync::codec::{CodecStats, Encoder, FrameDecoder, KnownPages, MirrorBudget, PageContent};
 use vmsync::hashes::HashSeed;
 use vmsync::{PAGE_SIZE, Page, PageAddr, PageBatch, RamLayout};
 
@@ -129,6 +129,7 @@ fn bench(capture: &Capture, mirrors: &[MirrorBudget], level: i32, ours_only: boo
 
 fn ours(capture: &Capture, budget: MirrorBudget, level: i32) -> Measured {
     let mut measured = Measured { raw_bytes: 0, packed_bytes: 0, encode_seconds: 0.0, decode_seconds: 0.0 };
+    let mut stats = CodecStats::default();
     while measured.encode_seconds < AT_LEAST_SECONDS {
         let mut encoder = Encoder::new(&capture.layout, budget, HashSeed::new(7), level);
         let mut shadow = Shadow::new(&capture.layout);
@@ -153,7 +154,15 @@ fn ours(capture: &Capture, budget: MirrorBudget, level: i32) -> Measured {
             }
         }
         shadow.check(capture);
+        stats = encoder.stats();
     }
+    let all = stats.pages_same + stats.pages_filled + stats.pages_patched + stats.pages_whole;
+    let share = |pages: u64| format!("{:.1} %", pages as f64 * 100.0 / all.max(1) as f64);
+    let (same, filled) = (share(stats.pages_same), share(stats.pages_filled));
+    let (patched, whole) = (share(stats.pages_patched), share(stats.pages_whole));
+    println!(
+        "  of all pages, the first epoch's too: {same} as before, {filled} one word, {patched} patched, {whole} whole"
+    );
     measured
 }
 

@@ -18,6 +18,8 @@ use crate::units::{PAGE_SIZE, Page};
 /// Unchanged bytes between two runs that are not worth another run's header.
 const MERGE_GAP_BYTES: usize = 3;
 pub(super) const LINE_BYTES: usize = 64;
+/// Compared at once.
+const PART_BYTES: usize = 512;
 
 /// How a page compares with its previous contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,16 +85,24 @@ pub(super) fn compare(old: &[u8], new: &[u8], limit: usize, runs: &mut Vec<u8>, 
 
 /// One bit for each 64-byte line that differs.
 fn changed_lines(old: &Page, new: &Page) -> u64 {
-    let (old, new) = (old.as_chunks::<LINE_BYTES>().0, new.as_chunks::<LINE_BYTES>().0);
+    let (old, new) = (old.as_chunks::<PART_BYTES>().0, new.as_chunks::<PART_BYTES>().0);
     let mut mask = 0;
-    for (line, (old, new)) in old.iter().zip(new).enumerate() {
-        // Folded in this way, the compiler takes the widest registers that the build allows.
-        let differs: [u8; LINE_BYTES] = std::array::from_fn(|i| old[i] ^ new[i]);
-        let folded: [u8; 16] =
-            std::array::from_fn(|i| differs[i] | differs[i + 16] | differs[i + 32] | differs[i + 48]);
-        mask |= u64::from(u128::from_ne_bytes(folded) != 0) << line;
+    for (part, (old, new)) in old.iter().zip(new).enumerate() {
+        // Most parts of most pages are equal, and libc compares memory with the machine's best code.
+        if old == new {
+            continue;
+        }
+        let lines = old.as_chunks::<LINE_BYTES>().0.iter().zip(new.as_chunks::<LINE_BYTES>().0);
+        for (line, (old, new)) in lines.enumerate() {
+            mask |= u64::from(line_differs(old, new)) << (part * (PART_BYTES / LINE_BYTES) + line);
+        }
     }
     mask
+}
+
+fn line_differs(old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> bool {
+    let words = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
+    words.fold(0, |differs, (old, new)| differs | (u64::from_ne_bytes(*old) ^ u64::from_ne_bytes(*new))) != 0
 }
 
 /// One bit for each byte of a line that differs.

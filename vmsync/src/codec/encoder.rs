@@ -233,8 +233,8 @@ fn one_word(page: &Page) -> Option<u64> {
     if words[511] != first || words[255] != first || words[64] != first {
         return None;
     }
-    let differs = |line: &[u8; 64]| line.as_chunks::<8>().0.iter().any(|word| *word != first);
-    (!page.as_chunks::<64>().0.iter().any(differs)).then(|| u64::from_le_bytes(first))
+    // Each word is like the one before it. One comparison of memory, for which libc has the machine's best code.
+    (page[8..] == page[..page.len() - 8]).then(|| u64::from_le_bytes(first))
 }
 
 #[cfg(test)]
