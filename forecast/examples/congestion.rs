@@ -1,6 +1,6 @@
 //! Alarms ahead of congestion: how many are right, how many onsets they catch, how early.
 //!
-//!   congestion --data DIR --series file/column,file/column,... [--step 300] [--season 288] [--within 3] [--recall 0.75]
+//!   congestion --data DIR --series file/column,file/column,... [--step 300] [--season 288] [--within 3] [--recall 0.765]
 //!
 //! The threshold of a series is the 90th percentile of its first 80 %; the rest is scored. A sample below the threshold
 //! is positive if one of the next `within` reaches it. The lead is that of the first
@@ -62,7 +62,7 @@ fn main() -> Result<(), Failure> {
     let data = Path::new(options.text("--data")?);
     let ids: Vec<&str> = options.text("--series")?.split(',').collect();
     let (step_s, season) = (options.number("--step", 300)?, options.number("--season", 288)?);
-    let (within, recall) = (options.number("--within", 3)?, options.number("--recall", 0.75)?);
+    let (within, recall) = (options.number("--within", 3)?, options.number("--recall", 0.765)?);
     let results = in_parallel(&ids, options.number("--threads", 2)?, |id| {
         run(data, id, Shape::new(step_s, season, HORIZON)?, within, recall)
     })?;

@@ -7,8 +7,8 @@ use crate::quantiles::{LEVEL_COUNT, LEVELS, Quantiles, pinball};
 /// Share of the loss that is remembered, a matured step: with 12 steps a sample, half is forgotten in 12 samples.
 const MEMORY: f64 = 0.995;
 /// The last value takes over between these ratios of the mix's recent loss to its own.
-const START: f64 = 1.05;
-const FULL: f64 = 1.3;
+const START: f64 = 0.98;
+const FULL: f64 = 1.2;
 
 /// Compares recent losses of the mix with those of the last value and moves over to it while that is better.
 #[derive(Debug, Clone, Default)]
