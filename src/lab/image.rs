@@ -244,6 +244,8 @@ fn new_archive(path: &Path) -> Result<Cpio<BufWriter<File>>> {
 
 /// Downloads, unpacks, picks and prepares; leaves `archive.cpio`.
 fn make_software(dir: &Path, recipe: &Recipe, progress: &dyn Fn(&str)) -> Result<()> {
+    // Packages bring programs that run as root for anybody; nobody else shall reach these here.
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(LabError::io("change mode of", dir))?;
     let (unpacked, root) = (dir.join("unpacked"), dir.join("root"));
     let debs = packages::download(dir, recipe.packages, progress)?;
     progress(&format!("unpacking {} packages", debs.len()));
