@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row, memcpy_ms};
-use crate::api::types::GuestView;
+use super::{Bench, Row, memcpy_ms, percentile};
+use crate::api::types::{GuestState, GuestView, Percentiles};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::guest::Workload;
@@ -103,7 +103,7 @@ fn measure(bench: &Bench, case: &Case) -> Result<()> {
         Ok(())
     })?;
     let (cpu, elapsed) = (cpu_s(agent)? - cpu_before, began.elapsed().as_secs_f64());
-    let after = fleet.wait_protected(case.name, PROTECTED_WITHIN)?;
+    let after = fleet.info(case.name)?;
     Report { case, before: &view, after: &after, elapsed_s: elapsed }.print(bench, &samples, cpu);
     if protected.done >= WORK_COMPARED_MIN && unprotected.done > 0 {
         let share = protected.per_s / unprotected.per_s * 100.0;
@@ -146,14 +146,17 @@ impl Work {
 #[derive(Default)]
 struct Samples {
     resident_mib: f64,
-    interval_ms: Vec<f64>,
+    dirty_pages: Vec<f64>,
+    /// How often all shadows followed.
+    protected: usize,
     paced_by: BTreeMap<String, u32>,
 }
 
 impl Samples {
     fn add(&mut self, view: &GuestView, resident_mib: f64) {
         self.resident_mib = self.resident_mib.max(resident_mib);
-        self.interval_ms.push(view.capture.interval_now_us as f64 / 1e3);
+        self.dirty_pages.push(view.capture.dirty_pages.last as f64);
+        self.protected += usize::from(view.state == GuestState::Protected);
         *self.paced_by.entry(view.capture.paced_by.clone()).or_default() += 1;
     }
 }
@@ -169,10 +172,12 @@ impl Report<'_> {
     fn print(&self, bench: &Bench, samples: &Samples, cpu_s: f64) {
         let (before, after) = (&self.before.capture, &self.after.capture);
         let row = |name: &str, value: f64, unit| Row::new(format!("{}: {name}", self.case.name), value, unit);
-        let epochs = (after.epochs_total - before.epochs_total).max(1) as f64;
-        let raw = (after.raw_bytes_total - before.raw_bytes_total) as f64;
-        let wire = (after.wire_bytes_total - before.wire_bytes_total) as f64;
-        let pages = raw / epochs / vmsync::units::PAGE_SIZE as f64;
+        let epochs = after.epochs_total.saturating_sub(before.epochs_total) as f64;
+        let wire = after.wire_bytes_total.saturating_sub(before.wire_bytes_total) as f64;
+        let looks = samples.dirty_pages.len().max(1) as f64;
+        let pages = samples.dirty_pages.iter().sum::<f64>() / looks;
+        // What changed, once for each epoch; also if shadows got several epochs as one.
+        let raw = pages * epochs * vmsync::units::PAGE_SIZE as f64;
 
         let ms = |us: u64| us as f64 / 1e3;
         let (p50, p99) = (ms(after.pause_us.p50), ms(after.pause_us.p99));
@@ -187,8 +192,10 @@ impl Report<'_> {
         let (interval, per_s) = (INTERVAL.as_secs_f64() * 1e3, self.elapsed_s);
         let paced = samples.paced_by.iter().max_by_key(|(_, times)| **times).map_or("", |(by, _)| by);
         bench.print(&row("epochs", epochs / per_s, "/s").beside(format!("/s asked, paced by {paced}"), 1e3 / interval));
-        bench.print(&row("pages an epoch", pages, "pages").beside("of the last cut", after.dirty_pages.last as f64));
-        let lag = |of: fn(&crate::api::types::Percentiles) -> u64| {
+        bench.print(&row("found with all shadows following", samples.protected as f64 / looks * 100.0, "%"));
+        let most = percentile(&samples.dirty_pages, 99);
+        bench.print(&row("dirty pages an epoch", pages, "pages").beside("p99", most));
+        let lag = |of: fn(&Percentiles) -> u64| {
             self.after.shadows.iter().map(|shadow| of(&shadow.lag_peak_ms)).max().unwrap_or(u64::MAX) as f64
         };
         bench.print(&row("lag before a commit p50", lag(|p| p.p50), "ms").at_most(interval + 20.0));
@@ -198,7 +205,7 @@ impl Report<'_> {
             &row("sent to each shadow", wire / shadows / per_s / 1e6, "MB/s")
                 .beside("MB/s of pages", raw / per_s / 1e6),
         );
-        bench.print(&row("ratio, all of the stream counted", raw * shadows / wire.max(1.0), "x"));
+        bench.print(&row("ratio, pages to all that was sent", raw * shadows / wire.max(1.0), "x"));
         let allowed = AGENT_MIB + self.after.mirror_mib as f64 + AGENT_SHARE * f64::from(MEMORY_MIB);
         bench.print(&row("agent's resident memory, most", samples.resident_mib, "MiB").at_most(allowed));
         bench.print(&row("agent's processor time", cpu_s / per_s * 100.0, "%"));
