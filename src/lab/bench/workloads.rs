@@ -186,8 +186,9 @@ impl Report<'_> {
             let [a, b] = rows;
             rows = [a.at_most(median), b.at_most(high)];
         }
+        let copy_ms = memcpy_ms(pages as usize);
         for row in rows {
-            bench.print(&row.beside("ms memcpy", memcpy_ms(pages as usize)));
+            bench.print(&row.beside("ms memcpy", copy_ms));
         }
         let (interval, per_s) = (INTERVAL.as_secs_f64() * 1e3, self.elapsed_s);
         let paced = samples.paced_by.iter().max_by_key(|(_, times)| **times).map_or("", |(by, _)| by);
