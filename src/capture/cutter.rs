@@ -115,6 +115,21 @@ impl StatePipe {
         fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(bytes as i32)).map(drop).map_err(Into::into)
     }
 
+    /// Reads what is there, up to `most` bytes; how many there were. What goes wrong shows at the next reading.
+    fn read_at_most(&self, most: usize, into: &mut Vec<u8>) -> usize {
+        let before = into.len();
+        into.resize(before + most, 0);
+        let mut read = 0;
+        while read < most {
+            match (&self.read_end).read(&mut into[before + read..]) {
+                Ok(more) if more > 0 => read += more,
+                _ => break,
+            }
+        }
+        into.truncate(before + read);
+        read
+    }
+
     /// Bytes that wait to be read.
     fn filled(&self) -> io::Result<usize> {
         let mut bytes: libc::c_int = 0;
@@ -148,14 +163,17 @@ pub struct Cutter {
     carried: PageSet,
     bound: Duration,
     state_bytes_hint: usize,
+    /// May be read from the pipe before memory has been captured; see [`held_bytes`].
+    spare_bytes: usize,
 }
 
-/// How much of a state of `len` bytes QEMU may write while we scan and copy. It must still have something to write when
-/// we are done, as the guest runs on after the last byte; so well below what the state was last time, and every cut
-/// checks it.
-fn held_bytes(len: usize) -> usize {
+/// How much of a state of `len` bytes QEMU may write while we scan and copy: room in the pipe (a power of two), and what
+/// may be read from it meanwhile. QEMU must still have something to write when we are done, as the guest runs on after
+/// the last byte; so well below what the state was last time, and every cut checks it.
+fn held_bytes(len: usize) -> (usize, usize) {
     let most = (len / 4 * 3).clamp(PAGE_SIZE, WIDE_PIPE_BYTES as usize);
-    1 << most.ilog2()
+    let room = 1 << most.ilog2();
+    (room, most - room)
 }
 
 impl Cutter {
@@ -170,7 +188,18 @@ impl Cutter {
         let slot = guard.watch(pipe.read_end.as_fd())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
         let carried = PageSet::new(memory.layout());
-        Ok(Self { guard, slot, pipe, monitor, memory, tracker, carried, bound, state_bytes_hint: 64 << 10 })
+        Ok(Self {
+            guard,
+            slot,
+            pipe,
+            monitor,
+            memory,
+            tracker,
+            carried,
+            bound,
+            state_bytes_hint: 64 << 10,
+            spare_bytes: 0,
+        })
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -197,7 +226,7 @@ impl Cutter {
     /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
     pub fn prepare(&mut self) -> Result<bool, CutError> {
         let (memory, mut ready) = (self.memory.clone(), false);
-        self.stopped(|tracker, _| {
+        self.stopped(|tracker, _, _| {
             ready = tracker.prepare_part(&memory)?;
             Ok(())
         })?;
@@ -210,7 +239,7 @@ impl Cutter {
         let mut dirty = PageSet::new(memory.layout());
         let (mut pages, mut extra_pages) = (PageBatch::new(), PageBatch::new());
         let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
-        let outcome = self.stopped(|tracker, carried| {
+        let outcome = self.stopped(|tracker, carried, let_qemu_go_on| {
             let began = Instant::now();
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
             dirty.union_with(carried);
@@ -218,6 +247,7 @@ impl Cutter {
             carried.union_with(&dirty);
             found?;
             scan = began.elapsed();
+            let_qemu_go_on();
             pages = memory.read(dirty.iter(), std::mem::take(&mut pages))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             copy = began.elapsed() - scan;
@@ -232,7 +262,7 @@ impl Cutter {
     pub fn collect(&mut self) -> Result<(PageSet, Instant), CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let outcome = self.stopped(|tracker, carried| {
+        let outcome = self.stopped(|tracker, carried, _| {
             let found = tracker.collect(&memory, carried);
             dirty.union_with(carried);
             Ok(found?)
@@ -243,9 +273,10 @@ impl Cutter {
     }
 
     /// Runs `work` while the guest is stopped. Returns its device state, when it was seen stopped and for how long.
+    /// `work` may call its last argument to let QEMU write a part more of its state.
     fn stopped(
         &mut self,
-        mut work: impl FnMut(&mut dyn Tracker, &mut PageSet) -> Result<(), CutError>,
+        mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
     ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
         self.pipe.empty().map_err(CutError::Pipe)?;
         self.guard.begin(self.slot, self.bound)?;
@@ -263,8 +294,10 @@ impl Cutter {
             if readable {
                 if began.is_none() {
                     began = Some(Instant::now());
-                    worked = Some(work(&mut *self.tracker, &mut self.carried));
-                    filled = self.pipe.filled().map_err(CutError::Pipe)?;
+                    let mut spare = self.spare_bytes;
+                    let mut go_on = || spare -= self.pipe.read_at_most(spare, &mut state);
+                    worked = Some(work(&mut *self.tracker, &mut self.carried, &mut go_on));
+                    filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
                 }
                 self.read_available(&mut state)?;
@@ -277,8 +310,10 @@ impl Cutter {
         };
         let ended = Instant::now();
         // The room for the next cut: what this state allows, or the least until one has come through.
-        let room = if answer.is_ok() && state.len() > filled { held_bytes(state.len()) } else { PAGE_SIZE };
+        let (room, spare) =
+            if answer.is_ok() && state.len() > filled { held_bytes(state.len()) } else { (PAGE_SIZE, 0) };
         self.pipe.hold(room).map_err(CutError::Pipe)?;
+        self.spare_bytes = spare;
         let fired = self.guard.end(self.slot)?;
         if fired {
             return Err(CutError::WatchdogFired(self.bound));
@@ -406,11 +441,11 @@ mod tests {
     #[test]
     fn what_may_wait_in_the_pipe_is_less_than_the_state() {
         for len in [0, 1, 4_096, 5_500, 13_000, 60_000, 181_000, 1 << 20, 9 << 20] {
-            let room = held_bytes(len);
+            let (room, spare) = held_bytes(len);
             assert!(room.is_power_of_two() && (PAGE_SIZE..=WIDE_PIPE_BYTES as usize).contains(&room));
-            assert!(room == PAGE_SIZE || room * 4 <= len * 3, "{room} of {len}");
+            assert!(room == PAGE_SIZE || (room + spare) * 4 <= len * 3, "{room} and {spare} of {len}");
         }
-        assert_eq!(held_bytes(181_000), 128 << 10);
+        assert_eq!(held_bytes(149_072), (64 << 10, 46_268));
     }
 
     #[test]

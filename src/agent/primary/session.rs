@@ -28,8 +28,11 @@ use crate::hypervisor::HypervisorEvent;
 /// no connection to libvirt yet), then twice as long each time.
 const ATTACH_AGAIN_AFTER: Duration = Duration::from_millis(100);
 const ATTACH_AGAIN_AFTER_MAX: Duration = Duration::from_secs(2);
-/// How long libvirt may take to tell why a QEMU process ended.
-const REASON_WITHIN: Duration = Duration::from_millis(250);
+/// After the end of a QEMU libvirt tidies up, some 200 ms and more on a busy host, before it tells why. One that was
+/// killed is known to be before (`exit_watch`), where the kernel tells; this is for where it does not.
+const REASON_WITHIN: Duration = Duration::from_millis(1_500);
+/// One that ended with code 0 was asked to: nothing is taken over in a hurry.
+const REASON_OF_CLEAN_END_WITHIN: Duration = Duration::from_secs(5);
 /// The loop looks at its timers at least this often.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -87,7 +90,8 @@ pub(super) struct Session {
     links: BTreeMap<String, Link>,
     generations: u64,
     watch: DomainWatch,
-    exited_at: Option<Instant>,
+    /// QEMU has ended: until then libvirt may tell why.
+    reason_by: Option<Instant>,
     /// Carried over attachments, so that epochs and totals only grow.
     pub(super) totals: super::capturing::Totals,
     pub(super) epochs: EpochNumbers,
@@ -121,7 +125,7 @@ impl Session {
             links: BTreeMap::new(),
             generations: 0,
             watch: DomainWatch::default(),
-            exited_at: None,
+            reason_by: None,
             totals: Default::default(),
             epochs,
         }
@@ -184,13 +188,11 @@ impl Session {
     /// One turn of the loop: due timers, then one input.
     fn turn(&mut self, received: &Receiver<Input>) -> Option<End> {
         let now = Instant::now();
-        if let Some(exited_at) = self.exited_at
-            && now >= exited_at + REASON_WITHIN
-        {
+        if self.reason_by.is_some_and(|by| now >= by) {
             let how = self.watch.unexplained_end();
             return Some(End::GuestEnded { how, detail: "QEMU's process ended and libvirt told nothing".into() });
         }
-        if self.capturing.is_none() && self.exited_at.is_none() && now >= self.attach_at {
+        if self.capturing.is_none() && self.reason_by.is_none() && now >= self.attach_at {
             self.attach();
         }
         let on_hold = self.watch.on_hold(now);
@@ -210,8 +212,8 @@ impl Session {
     }
 
     fn next_deadline(&self) -> Instant {
-        match (&self.capturing, self.exited_at) {
-            (_, Some(exited_at)) => exited_at + REASON_WITHIN,
+        match (&self.capturing, self.reason_by) {
+            (_, Some(reason_by)) => reason_by,
             (Some(capturing), None) => capturing.next_cut_at(),
             (None, None) => self.attach_at,
         }
@@ -246,7 +248,8 @@ impl Session {
                 }
             }
             Input::Exited { attachment, exit } if attachment == self.attachments => {
-                self.exited_at.get_or_insert_with(Instant::now);
+                let within = if exit == Exit::Clean { REASON_OF_CLEAN_END_WITHIN } else { REASON_WITHIN };
+                self.reason_by.get_or_insert_with(|| Instant::now() + within);
                 // A QEMU that had said SHUTDOWN was asked to end, however it went in the end.
                 if let (Exit::Died { status }, None) = (exit, self.watch.unexplained_end()) {
                     let detail = format!("QEMU was ended by somebody or something (wait status {status:#x})");
