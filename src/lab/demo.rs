@@ -95,9 +95,10 @@ fn play(lab: &Lab, began: Instant, say: &dyn Fn(&str) -> Result<()>) -> Result<D
     let cut = lab.power_cut("host1")?;
     say("host1 lost its power")?;
     let answer = client
-        .wait_answer_after(cut, Duration::from_secs(30))
+        // What was on its way at that moment may still arrive.
+        .wait_answer_after(cut + Duration::from_millis(20), Duration::from_secs(30))
         .ok_or_else(|| LabError::Product(format!("no answer within 30 s; {}", describe_or(&fleet))))?;
-    let promotion = fleet.last_promotion(GUEST)?;
+    let promotion = fleet.wait_promotion(GUEST, cut_at, Duration::from_secs(5))?;
     say(&format!("the client has an answer {:.0} ms later, from {}", ms(answer), promotion.host))?;
 
     let view = fleet.wait_protected(GUEST, Duration::from_secs(60))?;
