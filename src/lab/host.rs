@@ -174,13 +174,17 @@ fn kept_capabilities(user: QemuUser) -> PathBuf {
     Path::new(CACHE_ROOT).join(name)
 }
 
+static COPIES: AtomicU64 = AtomicU64::new(0);
+
 /// Copies libvirt's capability records; libvirtd itself checks whether they still fit this machine (where CPUID tells
 /// on which CPU it was asked, they fit only half of the time).
 fn copy_capabilities(from: &Path, to: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(from) else { return Ok(()) };
     create_dir(to)?;
     for entry in entries.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "xml")) {
-        let (target, new) = (to.join(entry.file_name()), to.join(format!("{}.new", std::process::id())));
+        // Two labs may keep the same record at a time, of one process as well.
+        let number = COPIES.fetch_add(1, Ordering::Relaxed);
+        let (target, new) = (to.join(entry.file_name()), to.join(format!("{}-{number}.new", std::process::id())));
         fs::copy(entry.path(), &new).map_err(LabError::io("copy", &entry.path()))?;
         fs::rename(&new, &target).map_err(LabError::io("replace", &target))?;
     }
