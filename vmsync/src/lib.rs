@@ -94,6 +94,7 @@ pub mod hashes;
 pub mod journal;
 pub mod layout;
 pub mod message;
+pub mod output;
 pub mod pace;
 pub mod page_set;
 pub mod source;

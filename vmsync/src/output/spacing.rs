@@ -1,0 +1,72 @@
+//! When to cut because output waits.
+//!
+//! At once, if the guest has run for long enough since the last cut: at least [`SHORTEST`], and as long as keeps the
+//! pauses at a quarter of its time. Not while as many cuts are on their way as their commits can use: a further one
+//! would not leave earlier.
+
+use std::time::Duration;
+
+/// Less than this apart, cuts cost more than they bring.
+pub const SHORTEST: Duration = Duration::from_millis(2);
+/// However long pauses are, output does not wait longer for its cut.
+pub const LONGEST: Duration = Duration::from_millis(100);
+/// The guest runs so many times as long as it stands still.
+const RUNS: u32 = 3;
+/// Cuts whose output waits for its commit.
+const ON_THEIR_WAY: usize = 2;
+/// Weight of the newest pause, in percent.
+const NEWEST: u32 = 20;
+
+#[derive(Debug, Clone, Default)]
+pub struct OnDemand {
+    /// Smoothed.
+    pause: Duration,
+    last_cut_ended: Option<Duration>,
+}
+
+impl OnDemand {
+    /// Time from the end of a cut to the next one.
+    pub fn spacing(&self) -> Duration {
+        (self.pause * RUNS).clamp(SHORTEST, LONGEST)
+    }
+
+    /// A cut ended, which had stopped the guest for `pause`.
+    pub fn cut(&mut self, now: Duration, pause: Duration) {
+        let pause = pause.min(LONGEST);
+        self.pause = match self.last_cut_ended {
+            None => pause,
+            Some(_) => (self.pause * (100 - NEWEST) + pause * NEWEST) / 100,
+        };
+        self.last_cut_ended = Some(now);
+    }
+
+    /// When to cut for output that waits; `uncommitted`: cuts whose output does. `None`: not before one has its
+    /// commit.
+    pub fn due(&self, uncommitted: usize) -> Option<Duration> {
+        (uncommitted < ON_THEIR_WAY).then(|| self.last_cut_ended.map_or(Duration::ZERO, |at| at + self.spacing()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn us(us: u64) -> Duration {
+        Duration::from_micros(us)
+    }
+
+    #[test]
+    fn the_spacing_follows_the_pauses_within_its_bounds() {
+        let mut on_demand = OnDemand::default();
+        assert_eq!(on_demand.due(0), Some(Duration::ZERO));
+        on_demand.cut(us(1_000), us(300));
+        assert_eq!(on_demand.due(0), Some(us(3_000)));
+        assert_eq!(on_demand.due(2), None);
+        (0..50).for_each(|_| on_demand.cut(us(1_000), us(5_000)));
+        assert!(on_demand.spacing() > us(14_900) && on_demand.spacing() <= us(15_000), "{:?}", on_demand.spacing());
+        (0..50).for_each(|_| on_demand.cut(us(1_000), Duration::from_secs(9)));
+        assert_eq!(on_demand.spacing(), LONGEST);
+        (0..50).for_each(|_| on_demand.cut(us(1_000), us(100)));
+        assert_eq!(on_demand.spacing(), SHORTEST);
+    }
+}
