@@ -10,5 +10,6 @@ pub mod config;
 pub mod hypervisor;
 pub mod lab;
 pub mod manager;
+pub mod output;
 pub mod standby;
 pub mod transport;

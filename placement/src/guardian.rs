@@ -24,6 +24,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use crate::consistency::Consistency;
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 mod context;
@@ -182,6 +183,7 @@ pub enum Request {
         interval_ms: u64,
         budget: Budget,
         mirror_mib: u64,
+        consistency: Consistency,
         on: Vec<HostName>,
     },
     Disable {
@@ -254,6 +256,7 @@ pub enum Order {
         interval_ms: u64,
         budget: Budget,
         mirror_mib: u64,
+        consistency: Consistency,
         shadows: Vec<HostName>,
     },
     Release {

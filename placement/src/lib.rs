@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod checker;
+pub mod consistency;
 pub mod fleet;
 pub mod guardian;
 pub mod instance;
@@ -14,4 +15,5 @@ pub mod term;
 pub mod topology;
 pub mod units;
 
+pub use consistency::{Consistency, ConsistencyMode, OnLoss, Quorum};
 pub use units::{Budget, Epoch, GuestId, HostName, Moment, Term};

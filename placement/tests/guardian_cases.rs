@@ -260,6 +260,7 @@ fn requests_that_cannot_be_met_say_why() {
         interval_ms,
         budget: Default::default(),
         mirror_mib: 256,
+        consistency: Default::default(),
         on: on.iter().copied().map(placement::HostName::from).collect(),
     };
     for (request, words) in [

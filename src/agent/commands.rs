@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::api::control::{Command, Done, GuestRecord, Role, ShadowTarget};
 use crate::api::link::{CommandHandler, StartRefusal};
-use crate::api::types::{ApiError, Budget};
+use crate::api::types::{ApiError, Budget, Consistency};
 use crate::hypervisor::xml::GuestDefinition;
 use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
 use crate::standby::is_uuid;
@@ -26,8 +26,8 @@ impl CommandHandler for Agent {
         }
         match command {
             Command::Describe { domain } => self.describe(domain).await,
-            Command::Protect { uuid, domain, term, interval_ms, budget, mirror_mib, shadows } => {
-                self.protect(uuid, domain, term, (interval_ms, budget), mirror_mib, shadows).await
+            Command::Protect { uuid, domain, term, interval_ms, budget, mirror_mib, consistency, shadows } => {
+                self.protect(uuid, domain, term, (interval_ms, budget), (mirror_mib, consistency), shadows).await
             }
             Command::Release { uuid } => self.release(uuid).await,
             Command::AcceptShadow { uuid, domain, term, primary } => {
@@ -145,6 +145,7 @@ impl Agent {
             let definition =
                 GuestDefinition::parse(&xml).map_err(|e| ApiError::new("failed", format!("{}: {e}", domain.name())))?;
             let mut refusals: Vec<String> = definition.refusals().iter().map(ToString::to_string).collect();
+            let output_refusals = output_refusals(&domain, running).map_err(hypervisor_error)?;
             if running {
                 let blockers = domain.migration_blockers().map_err(hypervisor_error)?;
                 refusals.extend(blockers.into_iter().map(|reason| format!("QEMU: {reason}")));
@@ -158,6 +159,7 @@ impl Agent {
                 memory_bytes: definition.memory_bytes,
                 running,
                 refusals,
+                output_refusals,
             })
         })
         .await?
@@ -169,7 +171,7 @@ impl Agent {
         domain: String,
         term: u64,
         (interval_ms, budget): (u64, Budget),
-        mirror_mib: u64,
+        (mirror_mib, consistency): (u64, Consistency),
         shadows: Vec<ShadowTarget>,
     ) -> Result<Done, ApiError> {
         self.record(&uuid, Some(&domain), term, Role::Primary)?;
@@ -177,7 +179,17 @@ impl Agent {
         blocking(move || promoted.wait_finished(&guest)).await?;
         let interval = Duration::from_millis(interval_ms.clamp(10, 60_000));
         let after_epoch = self.shadows.promoted_epoch(&uuid);
-        let spec = PrimarySpec { uuid: uuid.clone(), domain, term, interval, budget, mirror_mib, shadows, after_epoch };
+        let spec = PrimarySpec {
+            uuid: uuid.clone(),
+            domain,
+            term,
+            interval,
+            budget,
+            mirror_mib,
+            consistency,
+            shadows,
+            after_epoch,
+        };
         let mut primaries = lock(&self.primaries);
         match primaries.get(&uuid).filter(|primary| primary.is_running()) {
             Some(primary) => primary.update(spec),
@@ -289,6 +301,16 @@ impl Agent {
         })
         .await?
     }
+}
+
+/// Why the output of a running domain cannot be held.
+fn output_refusals(domain: &crate::hypervisor::Domain, running: bool) -> Result<Vec<String>, HypervisorError> {
+    if !running {
+        return Ok(Vec::new());
+    }
+    let xml = domain.xml(XmlKind::Live)?;
+    let nics = crate::hypervisor::xml::output_nics(&xml).unwrap_or_default();
+    Ok(nics.iter().filter_map(|nic| nic.refusal.as_ref()).map(ToString::to_string).collect())
 }
 
 fn has_cut_command(domain: &crate::hypervisor::Domain) -> Result<bool, HypervisorError> {

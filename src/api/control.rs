@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::types::{ApiError, Budget, CaptureStats, DoctorReport, Percentiles, ShadowState, VerifyReport};
+use super::types::{ApiError, Budget, CaptureStats, Consistency, DoctorReport, Percentiles, ShadowState, VerifyReport};
 
 /// Grows with every incompatible change; both sides must have the same.
 pub const CONTROL_VERSION: u32 = 1;
@@ -196,6 +196,8 @@ pub enum Command {
         /// Memory for previous contents of pages.
         #[serde(default = "crate::api::types::default_mirror_mib")]
         mirror_mib: u64,
+        #[serde(default)]
+        consistency: Consistency,
         shadows: Vec<ShadowTarget>,
     },
     /// Stop protecting; forget the guest. The guest runs on.
@@ -247,6 +249,9 @@ pub enum Done {
         memory_bytes: u64,
         running: bool,
         refusals: Vec<String>,
+        /// Why its output cannot be held.
+        #[serde(default)]
+        output_refusals: Vec<String>,
     },
     Promoted {
         epoch: u64,

@@ -1,6 +1,6 @@
 //! What the REST API speaks: requests, and the views that `virt-shadow` prints. Field names are stable.
 
-pub use placement::Budget;
+pub use placement::{Budget, Consistency, ConsistencyMode, OnLoss, Quorum};
 use serde::{Deserialize, Serialize};
 
 /// Sent to `POST /v1/guests`: protect a running guest.
@@ -21,6 +21,9 @@ pub struct EnableRequest {
     /// Memory on the primary's host for previous contents of pages, MiB; as much as the guest has, or more: of all.
     #[serde(default = "default_mirror_mib")]
     pub mirror_mib: u64,
+    /// What clients may rely on after a failover.
+    #[serde(default)]
+    pub consistency: Consistency,
     /// Hosts that must hold the shadows; empty: the manager chooses.
     #[serde(default)]
     pub on: Vec<String>,
@@ -70,6 +73,8 @@ pub struct GuestView {
     pub budget: Budget,
     #[serde(default = "default_mirror_mib")]
     pub mirror_mib: u64,
+    #[serde(default)]
+    pub consistency: Consistency,
     pub memory_bytes: u64,
     #[serde(flatten)]
     pub capture: CaptureStats,
@@ -99,6 +104,28 @@ pub struct CaptureStats {
     pub paced_by: String,
     /// Cuts that the watchdog ended.
     pub watchdog_fired_total: u64,
+    /// What becomes of the guest's output; all empty with `async`.
+    #[serde(default)]
+    pub output: OutputStats,
+}
+
+/// The output gate of a guest with `output-commit`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputStats {
+    /// `holding`, `open` (output leaves at once), `none` (nothing is between guest and network); empty with `async`.
+    pub gate: String,
+    /// Why it is not `holding`.
+    #[serde(default)]
+    pub reason: String,
+    pub held_frames: u64,
+    pub held_bytes: u64,
+    /// How long frames waited, microseconds; of the newest few thousand.
+    pub hold_us: Percentiles,
+    pub released_frames_total: u64,
+    /// Frames dropped because as many were held as may be.
+    pub dropped_frames_total: u64,
+    /// How often output had to leave uncommitted.
+    pub opened_total: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,9 +13,12 @@ use virt_shadow::manager::{Manager, Options};
 use virt_shadow::transport::Security;
 
 fn main() -> ExitCode {
-    // The agent starts this program again as its guard; see `capture::guard`. Before anything makes a thread.
-    if std::env::args_os().nth(1).is_some_and(|word| word == "guard") {
-        virt_shadow::capture::guard::main();
+    // The agent starts this program again as its guard and as gates; see `capture::guard` and `output::process`. Before
+    // anything makes a thread.
+    match std::env::args_os().nth(1).as_deref().and_then(|word| word.to_str()) {
+        Some("guard") => virt_shadow::capture::guard::main(),
+        Some("gate") => virt_shadow::output::process::main(),
+        _ => {}
     }
     let arguments = Daemon::parse();
     match start(&arguments) {

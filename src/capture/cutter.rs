@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmsync::batch::PageBatch;
+use vmsync::output::Mark;
 use vmsync::page_set::PageSet;
 use vmsync::units::PAGE_SIZE;
 
@@ -58,6 +59,9 @@ pub enum CutError {
     Pipe(#[source] io::Error),
 }
 
+/// Called while the guest stands still and all it has sent has left QEMU; the number of a mark that was put there.
+pub type AtStop = Arc<dyn Fn() -> Option<Mark> + Send + Sync>;
+
 /// What one cut brought.
 pub struct Captured {
     /// Pages written since the cut before, and their contents.
@@ -73,6 +77,8 @@ pub struct Captured {
     /// Of that, finding the written pages, and copying them.
     pub scan: Duration,
     pub copy: Duration,
+    /// In the guest's output, if somebody holds it.
+    pub mark: Option<Mark>,
 }
 
 /// QEMU's pipe: our read end, and the number of the write end that QEMU opens again for each cut.
@@ -159,6 +165,7 @@ pub struct Cutter {
     monitor: MonitorThread,
     memory: GuestMemory,
     tracker: Box<dyn Tracker>,
+    at_stop: Option<AtStop>,
     /// Pages found by cuts that failed: their contents never left.
     carried: PageSet,
     bound: Duration,
@@ -195,6 +202,7 @@ impl Cutter {
             monitor,
             memory,
             tracker,
+            at_stop: None,
             carried,
             bound,
             state_bytes_hint: 64 << 10,
@@ -213,6 +221,10 @@ impl Cutter {
     /// See [`Tracker::live_reads`].
     pub fn live_reads(&self) -> Option<LiveReads> {
         self.tracker.live_reads()
+    }
+
+    pub fn set_at_stop(&mut self, at_stop: AtStop) {
+        self.at_stop = Some(at_stop);
     }
 
     /// Goes on with another guard, after the one we had was lost.
@@ -239,8 +251,10 @@ impl Cutter {
         let mut dirty = PageSet::new(memory.layout());
         let (mut pages, mut extra_pages) = (PageBatch::new(), PageBatch::new());
         let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
+        let (at_stop, mut mark) = (self.at_stop.clone(), None);
         let outcome = self.stopped(|tracker, carried, let_qemu_go_on| {
             let began = Instant::now();
+            mark = at_stop.as_ref().and_then(|at_stop| at_stop());
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
             dirty.union_with(carried);
             let found = tracker.collect(&memory, &mut dirty);
@@ -255,7 +269,7 @@ impl Cutter {
         });
         let (device_state, at, held) = outcome?;
         self.carried.clear();
-        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy })
+        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mark })
     }
 
     /// Finds the written pages without copying them: for when nobody can use a cut, or too much may have piled up.

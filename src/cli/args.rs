@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use placement::guardian::MIRROR_MIB;
 
-use crate::api::types::{Budget, DEFAULT_INTERVAL_MS};
+use crate::api::types::{Budget, Consistency, ConsistencyMode, DEFAULT_INTERVAL_MS, OnLoss, Quorum};
 use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
 
 /// Keeps shadows of running guests on other hosts, ready to go on when their host is lost.
@@ -164,12 +164,51 @@ pub struct Enable {
     /// number of MiB, or with a unit (64M, 2G), or full: as much as the domain has
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = mirror_mib)]
     pub mirror: u64,
+    /// What clients may rely on after a failover: async, a failover loses at most the lag; output-commit, nothing a
+    /// client was told is lost, as the domain's packets leave only when shadows have what they tell
+    #[arg(long, value_name = "MODE", default_value = "async")]
+    pub consistency: ConsistencyArg,
+    /// With output-commit: how many shadows must have it; any, all or a number
+    #[arg(long, value_name = "SHADOWS", default_value = "any")]
+    pub quorum: Quorum,
+    /// With output-commit, when those cannot be had: availability, packets leave all the same, with an event;
+    /// consistency, they wait, and the domain is cut off from the network
+    #[arg(long, value_name = "FIRST", default_value = "availability")]
+    pub on_loss: OnLossArg,
     /// Host that must keep a shadow; may be repeated. The rest is chosen
     #[arg(long, value_name = "HOST")]
     pub on: Vec<String>,
     /// Wait until the domain is protected, at most so long
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub wait: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ConsistencyArg {
+    Async,
+    OutputCommit,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnLossArg {
+    Availability,
+    Consistency,
+}
+
+impl Enable {
+    pub(super) fn consistency(&self) -> Consistency {
+        Consistency {
+            mode: match self.consistency {
+                ConsistencyArg::Async => ConsistencyMode::Async,
+                ConsistencyArg::OutputCommit => ConsistencyMode::OutputCommit,
+            },
+            quorum: self.quorum,
+            on_loss: match self.on_loss {
+                OnLossArg::Availability => OnLoss::Availability,
+                OnLossArg::Consistency => OnLoss::Consistency,
+            },
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -292,6 +331,9 @@ mod tests {
             "virt-shadow enable web --mirror 5T",
             "virt-shadow enable web --mirror 99999999999G",
             "virt-shadow enable web --wait soon",
+            "virt-shadow enable web --consistency strict",
+            "virt-shadow enable web --quorum 0",
+            "virt-shadow enable web --on-loss shrug",
             "virt-shadow watch --interval 0",
             "virt-shadow list web",
             "virt-shadow frobnicate",

@@ -155,7 +155,8 @@ impl Session {
     }
 
     async fn enable(&self, wish: Enable) -> Result<()> {
-        let Enable { domain, shadows, interval, budget, mirror, on, wait } = wish;
+        let consistency = wish.consistency();
+        let Enable { domain, shadows, interval, budget, mirror, on, wait, .. } = wish;
         let shadows = shadows.unwrap_or_else(|| u32::try_from(on.len()).unwrap_or(u32::MAX).max(1));
         let request = EnableRequest {
             domain: domain.clone(),
@@ -163,6 +164,7 @@ impl Session {
             interval_ms: interval,
             budget: budget.unwrap_or_default(),
             mirror_mib: mirror,
+            consistency,
             on,
             host: None,
         };

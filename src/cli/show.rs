@@ -1,7 +1,8 @@
 //! Views of the REST API as text for people.
 
 use crate::api::types::{
-    Budget, DoctorReport, EventView, GuestState, GuestView, HostState, HostView, MoveReport, ShadowState, VerifyReport,
+    Budget, Consistency, ConsistencyMode, DoctorReport, EventView, GuestState, GuestView, HostState, HostView,
+    MoveReport, OnLoss, OutputStats, ShadowState, VerifyReport,
 };
 
 use super::table::{Table, bytes, fields, ms, plain, timestamp};
@@ -79,6 +80,7 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         ("Shadows", format!("{} of {} wanted", guest.shadows.len(), guest.shadows_wanted)),
         ("Interval", interval(guest)),
         ("Mirror", format!("at most {}", bytes((guest.mirror_mib << 20).min(guest.memory_bytes)))),
+        ("Consistency", consistency(guest)),
         ("Epoch", format!("{} ({} cut)", capture.epoch, capture.epochs_total)),
         ("Pause", {
             let pause = capture.pause_us;
@@ -95,6 +97,9 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
             },
         ),
     ]);
+    if !capture.output.gate.is_empty() {
+        lines.push(("Output", output(&capture.output)));
+    }
     if capture.watchdog_fired_total > 0 {
         lines.push(("Watchdog", format!("ended {} cuts", capture.watchdog_fired_total)));
     }
@@ -102,6 +107,36 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
     if !guest.shadows.is_empty() {
         text.push('\n');
         text.push_str(&shadows(guest, quiet));
+    }
+    text
+}
+
+/// The mode, what it rests on, and with `output-commit` what becomes of output at the moment.
+fn consistency(guest: &GuestView) -> String {
+    let Consistency { mode, quorum, on_loss } = guest.consistency;
+    if mode == ConsistencyMode::Async {
+        return "async".into();
+    }
+    let first = match on_loss {
+        OnLoss::Availability => "availability",
+        OnLoss::Consistency => "consistency",
+    };
+    format!("output-commit (quorum {quorum}, {first} first)")
+}
+
+/// What the output gate does.
+fn output(stats: &OutputStats) -> String {
+    let state = match (stats.gate.as_str(), stats.reason.as_str()) {
+        (gate, "") => gate.to_owned(),
+        (gate, reason) => format!("{gate}: {reason}"),
+    };
+    let OutputStats { held_frames, held_bytes, hold_us, dropped_frames_total, opened_total, .. } = stats;
+    let (held, p50, p99) = (bytes(*held_bytes), ms(hold_us.p50), ms(hold_us.p99));
+    let mut text = format!("{state}; {held_frames} frames held ({held}), for p50 {p50}, p99 {p99}");
+    for (count, what) in [(opened_total, "times open uncommitted"), (dropped_frames_total, "frames dropped")] {
+        if *count > 0 {
+            text.push_str(&format!(", {count} {what}"));
+        }
     }
     text
 }
@@ -247,6 +282,7 @@ pub(super) mod tests {
             interval_ms: 50,
             budget: Budget::default(),
             mirror_mib: 256,
+            consistency: Default::default(),
             memory_bytes: 1 << 30,
             capture: CaptureStats {
                 epoch: 77,

@@ -10,8 +10,8 @@ use super::error::LabError;
 use super::{Lab, MANAGER};
 use crate::api::client::Client;
 use crate::api::types::{
-    Budget, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest, ShadowState,
-    VerifyReport,
+    Budget, Consistency, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest,
+    ShadowState, VerifyReport,
 };
 
 /// Longest wait for one answer: a switchover waits for a slow shadow.
@@ -79,12 +79,24 @@ impl Fleet {
     }
 
     pub fn enable(&self, domain: &str, host: &str, shadows: u32, interval: Duration) -> Result<GuestView> {
+        self.enable_with(domain, host, shadows, interval, Consistency::default())
+    }
+
+    pub fn enable_with(
+        &self,
+        domain: &str,
+        host: &str,
+        shadows: u32,
+        interval: Duration,
+        consistency: Consistency,
+    ) -> Result<GuestView> {
         let request = EnableRequest {
             domain: domain.into(),
             shadows,
             interval_ms: interval.as_millis() as u64,
             budget: Budget::default(),
             mirror_mib: crate::api::types::DEFAULT_MIRROR_MIB,
+            consistency,
             on: Vec::new(),
             host: Some(host.into()),
         };

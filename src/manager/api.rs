@@ -89,7 +89,10 @@ impl Manager {
             },
             Err(_) => self.locate(&request.domain, request.host.as_deref(), &BTreeSet::new()).await?,
         };
-        let Found { uuid, domain, memory_bytes, running, refusals } = found;
+        let Found { uuid, domain, memory_bytes, running, mut refusals, output_refusals } = found;
+        if request.consistency.is_output_commit() {
+            refusals.extend(output_refusals);
+        }
         if !running {
             return Err(ApiError::new(
                 "not-running",
@@ -109,6 +112,7 @@ impl Manager {
             interval_ms: request.interval_ms,
             budget: request.budget,
             mirror_mib: request.mirror_mib,
+            consistency: request.consistency,
             on: request.on.into_iter().map(HostName::from).collect(),
         };
         self.request(wish, DISABLE_TIMEOUT).await?;
@@ -188,8 +192,8 @@ impl Manager {
 
     async fn describe(&self, host: &HostName, domain: &str) -> Result<Found, ApiError> {
         match self.call(host, Command::Describe { domain: domain.into() }, DESCRIBE_TIMEOUT).await? {
-            Done::Described { uuid, domain, memory_bytes, running, refusals } => {
-                Ok(Found { uuid, domain, memory_bytes, running, refusals })
+            Done::Described { uuid, domain, memory_bytes, running, refusals, output_refusals } => {
+                Ok(Found { uuid, domain, memory_bytes, running, refusals, output_refusals })
             }
             other => Err(strange(host, &other)),
         }
@@ -284,6 +288,7 @@ struct Found {
     memory_bytes: u64,
     running: bool,
     refusals: Vec<String>,
+    output_refusals: Vec<String>,
 }
 
 fn find<'a>(state: &'a State, key: &str) -> Result<&'a Guest, ApiError> {

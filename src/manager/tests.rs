@@ -39,6 +39,7 @@ fn plan(term: u64, phase: Phase) -> GuestPlan {
         interval_ms: 50,
         budget: Default::default(),
         mirror_mib: 256,
+        consistency: Default::default(),
         memory_mib: 1024,
         on: vec!["h3".into()],
         seats: BTreeSet::from(["h2".into(), "h3".into()]),

@@ -113,18 +113,21 @@ pub(super) fn command(order: &Order, to: &HostName, addresses: &impl Addresses) 
             Command::AcceptShadow { uuid: guest.to_string(), domain, term: term.0, primary: primary.to_string() }
         }
         Order::DropShadow { guest } => Command::DropShadow { uuid: guest.to_string() },
-        Order::Protect { guest, domain, term, interval_ms, budget, mirror_mib, shadows } => Command::Protect {
-            uuid: guest.to_string(),
-            domain,
-            term: term.0,
-            interval_ms,
-            budget,
-            mirror_mib,
-            shadows: shadows
-                .iter()
-                .map(|host| Ok(ShadowTarget { host: host.to_string(), addr: target(host)? }))
-                .collect::<Result<_, HostName>>()?,
-        },
+        Order::Protect { guest, domain, term, interval_ms, budget, mirror_mib, consistency, shadows } => {
+            Command::Protect {
+                uuid: guest.to_string(),
+                domain,
+                term: term.0,
+                interval_ms,
+                budget,
+                mirror_mib,
+                consistency,
+                shadows: shadows
+                    .iter()
+                    .map(|host| Ok(ShadowTarget { host: host.to_string(), addr: target(host)? }))
+                    .collect::<Result<_, HostName>>()?,
+            }
+        }
         Order::Release { guest } => Command::Release { uuid: guest.to_string() },
         Order::Promote { guest, term, after_epoch } => {
             Command::Promote { uuid: guest.to_string(), term: term.0, after_epoch: after_epoch.0 }

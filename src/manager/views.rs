@@ -63,6 +63,7 @@ impl State {
             interval_ms: plan.interval_ms,
             budget: plan.budget,
             mirror_mib: plan.mirror_mib,
+            consistency: plan.consistency,
             memory_bytes: primary.map_or(plan.memory_mib << 20, |primary| primary.memory_bytes),
             capture: primary.map(|primary| primary.stats.clone()).unwrap_or_default(),
             shadows,

@@ -316,7 +316,14 @@ impl FakeAgent {
                     return Err(ApiError::new("not-found", format!("no domain {domain} on {}", self.name)));
                 };
                 let domain = if by_uuid { "web".into() } else { domain };
-                Ok(Done::Described { uuid: UUID.into(), domain, memory_bytes: 1 << 30, running, refusals })
+                Ok(Done::Described {
+                    uuid: UUID.into(),
+                    domain,
+                    memory_bytes: 1 << 30,
+                    running,
+                    refusals,
+                    output_refusals: Vec::new(),
+                })
             }
             Command::Protect { uuid, term, shadows, .. } => {
                 table.targets = shadows.iter().map(|target| target.host.clone()).collect();

@@ -166,11 +166,17 @@ impl Bed {
 
     /// The guard process of a host's agent.
     pub fn guard(&self, host: &str) -> Pid {
+        self.child_of_agent(host, "guard")
+    }
+
+    /// The process of a host's agent that was started with that word.
+    pub fn child_of_agent(&self, host: &str, first_word: &str) -> Pid {
         let agent = self.service(host, "virtshadowd");
-        let is_guard = |pid: &i32| {
-            parent(*pid) == Some(agent.as_raw()) && arguments(*pid).get(1).is_some_and(|word| word == "guard")
+        let is_it = |pid: &i32| {
+            parent(*pid) == Some(agent.as_raw()) && arguments(*pid).get(1).is_some_and(|word| word == first_word)
         };
-        Pid::from_raw(processes().into_iter().find(is_guard).expect("the agent has a guard"))
+        let found = processes().into_iter().find(is_it);
+        Pid::from_raw(found.unwrap_or_else(|| panic!("the agent of {host} has no {first_word}")))
     }
 
     /// QEMU of the guest or of its shadow on a host.

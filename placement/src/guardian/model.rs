@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use super::{RequestId, Token};
+use crate::consistency::Consistency;
 use crate::term::Role;
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
@@ -138,6 +139,8 @@ pub struct GuestPlan {
     /// Memory on the primary's host for previous contents of pages.
     #[serde(default = "default_mirror_mib")]
     pub mirror_mib: u64,
+    #[serde(default)]
+    pub consistency: Consistency,
     pub memory_mib: u64,
     /// Hosts the operator named for shadows; taken first whenever shadows are placed.
     pub on: Vec<HostName>,

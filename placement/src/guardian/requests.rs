@@ -6,6 +6,7 @@ use super::context::Context;
 use super::failover::{self, Cause};
 use super::model::{Guest, GuestPlan, Leave, Live, Phase, Record};
 use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, Save, switchover, upkeep};
+use crate::consistency::{Consistency, Quorum};
 use crate::term::Role;
 use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
@@ -27,6 +28,7 @@ struct Wish {
     interval_ms: u64,
     budget: Budget,
     mirror_mib: u64,
+    consistency: Consistency,
     on: Vec<HostName>,
 }
 
@@ -37,8 +39,20 @@ impl Guardian {
             None => Err(RequestError::NotFound(format!("guest {guest} is not protected"))),
         };
         let result = match request {
-            Request::Enable { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, on } => {
-                let wish = Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, on };
+            Request::Enable {
+                guest,
+                domain,
+                host,
+                memory_mib,
+                shadows,
+                interval_ms,
+                budget,
+                mirror_mib,
+                consistency,
+                on,
+            } => {
+                let wish =
+                    Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, consistency, on };
                 let result = self.enable(now, wish, ready);
                 ready.then.push(Action::Answer { id, result: result.map(|()| Reply::Enabled) });
                 return;
@@ -83,6 +97,7 @@ impl Guardian {
                 interval_ms: wish.interval_ms,
                 budget: wish.budget,
                 mirror_mib: wish.mirror_mib,
+                consistency: wish.consistency,
                 memory_mib: wish.memory_mib,
                 on: Vec::new(),
                 seats: BTreeSet::new(),
@@ -124,6 +139,7 @@ impl Guardian {
             interval_ms: *INTERVAL_MS.end(),
             budget: Budget::default(),
             mirror_mib: 0,
+            consistency: Consistency::default(),
             memory_mib: 0,
             on: Vec::new(),
             seats: BTreeSet::new(),
@@ -152,6 +168,11 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     let Budget { pause_permille, cpu_percent, .. } = wish.budget;
     if pause_permille > 1_000 || cpu_percent > 100_000 {
         return invalid(format!("budget of {pause_permille} thousandths and {cpu_percent} % of a processor: too much"));
+    }
+    if let Quorum::Count(count) = wish.consistency.quorum
+        && count > wish.shadows
+    {
+        return invalid(format!("quorum of {count} with {} shadows: it could never be had", wish.shadows));
     }
     let distinct: BTreeSet<_> = wish.on.iter().collect();
     if distinct.len() != wish.on.len() {
@@ -221,9 +242,9 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), Requ
     plan.shadows_wanted = wish.shadows;
     plan.memory_mib = wish.memory_mib;
     plan.on = wish.on;
-    let wanted = (wish.interval_ms, wish.budget, wish.mirror_mib);
-    if (plan.interval_ms, plan.budget, plan.mirror_mib) != wanted {
-        (plan.interval_ms, plan.budget, plan.mirror_mib) = wanted;
+    let wanted = (wish.interval_ms, wish.budget, wish.mirror_mib, wish.consistency);
+    if (plan.interval_ms, plan.budget, plan.mirror_mib, plan.consistency) != wanted {
+        (plan.interval_ms, plan.budget, plan.mirror_mib, plan.consistency) = wanted;
         guest.live.protect = super::Seat::Needed;
     }
     let names: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();

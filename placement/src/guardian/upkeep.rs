@@ -175,6 +175,7 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
         interval_ms: guest.plan.interval_ms,
         budget: guest.plan.budget,
         mirror_mib: guest.plan.mirror_mib,
+        consistency: guest.plan.consistency,
         shadows: ready.clone(),
     };
     let primary = guest.plan.primary.clone();
@@ -195,6 +196,7 @@ fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
         interval_ms: guest.plan.interval_ms,
         budget: guest.plan.budget,
         mirror_mib: guest.plan.mirror_mib,
+        consistency: guest.plan.consistency,
         shadows: Vec::new(),
     };
     let primary = guest.plan.primary.clone();

@@ -304,6 +304,7 @@ impl World {
             interval_ms: 50,
             budget: Default::default(),
             mirror_mib: 256,
+            consistency: Default::default(),
             on: Vec::new(),
         })
     }

@@ -19,6 +19,7 @@ use super::describe::{definition_of, description_of, monitor_call, random_u64, r
 use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::{FinalCut, forget_held};
+use super::output::CutMark;
 use super::peers::PeerEvent;
 use super::recorder::Recorder;
 use super::report::{peer_status, verify_report};
@@ -114,6 +115,7 @@ pub(super) struct Capturing {
     trouble: Option<String>,
     context: Arc<PrimaryContext>,
     memory_bytes: u64,
+    cut_marks: Vec<CutMark>,
 }
 
 impl Capturing {
@@ -132,7 +134,7 @@ impl Capturing {
         let options =
             AttachOptions { tracker: context.tracker, bound: context.watchdog, run_dir: context.run_dir.clone() };
         let call = monitor_call(LiveDomain::new(Arc::clone(&context.libvirt), &spec.uuid));
-        let Attached { cutter, process, layout, tracker_reason } =
+        let Attached { mut cutter, process, layout, tracker_reason } =
             attach(&domain, &guard, call, &options).map_err(|e| text(&e))?;
         let guest = GuestUuid::parse(&spec.uuid).ok_or_else(|| format!("{} is no UUID", spec.uuid))?;
         let source = Source::new(SourceConfig {
@@ -148,6 +150,7 @@ impl Capturing {
             limits: SourceLimits::default(),
         })
         .map_err(|e| text(&e))?;
+        cutter.set_at_stop(session.output.at_stop());
         let memory = cutter.memory().clone();
         let mappings = memory.mappings_digest().map_err(|e| text(&e))?;
         let (tracker, live_reads) = (cutter.tracker_name(), cutter.live_reads());
@@ -210,6 +213,7 @@ impl Capturing {
             trouble: None,
             context,
             memory_bytes: layout.total_bytes(),
+            cut_marks: Vec::new(),
         })
     }
 
@@ -341,7 +345,7 @@ impl Capturing {
     }
 
     fn take_cut(&mut self, captured: Captured, epochs: &mut EpochNumbers) {
-        let Captured { dirty, pages, extras, device_state, at, held, scan, copy } = captured;
+        let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mark } = captured;
         tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
@@ -360,6 +364,7 @@ impl Capturing {
             }
         }
         let epoch = epochs.next();
+        self.cut_marks.push(CutMark { epoch, mark, pause: held });
         if let Some(recorder) = &mut self.recorder {
             recorder.cut(epoch, at.saturating_duration_since(self.started), &pages, &device_state);
         }
@@ -579,6 +584,17 @@ impl Capturing {
         Millis::new(at.saturating_duration_since(self.started).as_millis() as u64)
     }
 
+    pub(super) fn take_cut_marks(&mut self) -> Vec<CutMark> {
+        std::mem::take(&mut self.cut_marks)
+    }
+
+    /// The next cut is wanted by then, unless cuts fail.
+    pub(super) fn cut_by(&mut self, at: Instant) {
+        if self.failures == 0 && !self.paused {
+            self.next_cut_at = self.next_cut_at.min(at);
+        }
+    }
+
     pub(super) fn take_outgoing(&mut self) -> Vec<(String, Arc<[u8]>)> {
         std::mem::take(&mut self.outgoing)
     }
@@ -629,6 +645,7 @@ impl Capturing {
             interval_now_us: self.pacer.interval().as_micros() as u64,
             paced_by: paced_by(self.pacer.binding()).into(),
             watchdog_fired_total: self.totals.watchdog_fired,
+            output: Default::default(),
         };
         let now = self.now();
         let (rates, lags) = (&mut self.rates, &mut self.lags);

@@ -14,12 +14,14 @@ mod describe;
 mod epochs;
 mod exit_watch;
 mod final_cut;
+mod output;
 mod peers;
 mod recorder;
 mod report;
 mod session;
 mod watch;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -27,7 +29,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::api::control::{GuestEvent, PrimaryStatus, ShadowTarget};
-use crate::api::types::{ApiError, Budget, VerifyReport};
+use crate::api::types::{ApiError, Budget, Consistency, VerifyReport};
 use crate::config::TrackerChoice;
 use crate::transport::Security;
 
@@ -47,6 +49,7 @@ pub struct PrimarySpec {
     pub budget: Budget,
     /// Memory for previous contents of pages.
     pub mirror_mib: u64,
+    pub consistency: Consistency,
     pub shadows: Vec<ShadowTarget>,
     /// Epoch that this host's copy was promoted from; numbers go on behind it.
     pub after_epoch: u64,
@@ -75,6 +78,8 @@ pub struct Primary {
     inputs: Sender<Input>,
     status: Arc<Mutex<PrimaryStatus>>,
     thread: Option<std::thread::JoinHandle<()>>,
+    /// Ended by the operator's wish: output that is held may leave.
+    wished: Arc<AtomicBool>,
 }
 
 impl Primary {
@@ -89,9 +94,10 @@ impl Primary {
             stats: Default::default(),
             peers: Vec::new(),
         }));
-        let session = Session::new(context, spec, inputs.clone(), Arc::clone(&status));
+        let wished = Arc::new(AtomicBool::new(false));
+        let session = Session::new(context, spec, inputs.clone(), Arc::clone(&status), Arc::clone(&wished));
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || session.run(&received))?;
-        Ok(Self { inputs, status, thread: Some(thread) })
+        Ok(Self { inputs, status, thread: Some(thread), wished })
     }
 
     pub fn status(&self) -> PrimaryStatus {
@@ -114,6 +120,7 @@ impl Primary {
 
     /// Ends the session: the guest runs on untouched. Waits until nothing of ours is attached to it.
     pub fn release(mut self) {
+        self.wished.store(true, Ordering::Release);
         self.stop();
     }
 

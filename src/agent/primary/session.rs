@@ -8,6 +8,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::capturing::{Capturing, mirror_budget};
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
 use super::final_cut::forget_held;
+use super::output::Output;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
 use crate::agent::primary::cut_thread::CutAnswer;
@@ -23,6 +25,7 @@ use crate::agent::primary::watch::{DomainWatch, Seen};
 use crate::api::control::{GuestEvent, PrimaryStatus, Role};
 use crate::api::types::{ApiError, VerifyReport};
 use crate::hypervisor::HypervisorEvent;
+use crate::output::News;
 
 /// How long until a guest that could not be attached is tried again: soon at first (an agent that has just started has
 /// no connection to libvirt yet), then twice as long each time.
@@ -64,6 +67,11 @@ pub(super) enum Input {
         exit: Exit,
     },
     Libvirt(HypervisorEvent),
+    /// `generation` tells news of earlier gates.
+    Output {
+        generation: u64,
+        news: News,
+    },
 }
 
 /// Why the loop ended.
@@ -95,6 +103,7 @@ pub(super) struct Session {
     /// Carried over attachments, so that epochs and totals only grow.
     pub(super) totals: super::capturing::Totals,
     pub(super) epochs: EpochNumbers,
+    pub(super) output: Output,
 }
 
 struct Link {
@@ -110,7 +119,9 @@ impl Session {
         spec: PrimarySpec,
         inputs: Sender<Input>,
         status: Arc<Mutex<PrimaryStatus>>,
+        wished: Arc<AtomicBool>,
     ) -> Self {
+        let output = Output::new(&context, &spec.domain, &spec.uuid, spec.consistency, wished);
         let epochs = EpochNumbers::open(&context.run_dir, &spec.uuid, spec.after_epoch);
         Self {
             context,
@@ -128,6 +139,7 @@ impl Session {
             reason_by: None,
             totals: Default::default(),
             epochs,
+            output,
         }
     }
 
@@ -148,6 +160,7 @@ impl Session {
         };
         self.context.libvirt.forget(&uuid);
         let last_epoch = self.epochs.last();
+        self.output.end();
         if let Some(capturing) = self.capturing.take() {
             capturing.detach(&self.context, &uuid, matches!(end, End::Released));
         }
@@ -258,6 +271,7 @@ impl Session {
             }
             Input::Cut { .. } | Input::Exited { .. } => {}
             Input::Libvirt(event) => return self.libvirt(&event),
+            Input::Output { generation, news } => self.output.news(generation, news),
         }
         self.after_step()
     }
@@ -289,6 +303,8 @@ impl Session {
         }
         (self.spec.interval, self.spec.budget) = (spec.interval, spec.budget);
         self.spec.mirror_mib = spec.mirror_mib;
+        self.spec.consistency = spec.consistency;
+        self.output.set(spec.consistency);
         self.spec.shadows = spec.shadows;
         if let Some(capturing) = &mut self.capturing {
             capturing.set_pace(self.spec.interval, self.spec.budget);
@@ -314,6 +330,7 @@ impl Session {
             Ok(capturing) => {
                 self.problem.clear();
                 self.attach_again_after = ATTACH_AGAIN_AFTER;
+                self.output.attached(&capturing.domain);
                 self.capturing = Some(capturing);
                 self.sync_links();
                 for (host, link) in &self.links {
@@ -396,6 +413,11 @@ impl Session {
             if let Some(newer_term) = capturing.take_superseded() {
                 return Some(End::Superseded(newer_term));
             }
+            self.output.keep_gate(&self.context, &self.inputs);
+            let (cuts, now) = (capturing.take_cut_marks(), capturing.now());
+            if let Some(at) = self.output.step(cuts, || capturing.source.peer_views(now)) {
+                capturing.cut_by(at);
+            }
             if let Some(trouble) = capturing.take_trouble() {
                 tracing::warn!(guest = self.spec.domain, trouble, "attaching anew");
                 self.problem = trouble;
@@ -417,6 +439,7 @@ impl Session {
     fn publish(&mut self) {
         let mut status = self.status.lock().unwrap_or_else(|p| p.into_inner());
         status.term = self.spec.term;
+        let output = self.output.stats();
         match &mut self.capturing {
             Some(capturing) => capturing.fill(&mut status, self.epochs.last()),
             None => {
@@ -424,5 +447,6 @@ impl Session {
                 status.peers.clear();
             }
         }
+        status.stats.output = output;
     }
 }

@@ -9,10 +9,12 @@
 //! ```
 
 mod definition;
+mod nics;
 mod shadow;
 mod tree;
 
 pub use definition::{Disk, GuestDefinition, Interface, InterfaceLink, Refusal};
+pub use nics::{OutputNic, output_nics};
 pub use shadow::{clean_persistent_xml, is_shadow, shadow_xml, shape};
 
 /// Longest definition we parse, bytes. libvirt's own limit for a string on the wire is 16 MiB; real ones have some KiB.

@@ -1,0 +1,180 @@
+//! `output-commit` with real guests: what a client was told stays true over power cuts of the host, and the guest's
+//! output goes on whatever becomes of agent, gate and shadows.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::{BACK_WITHIN, Bed, GUEST, INTERVAL, Random, one_lab};
+use virt_shadow::api::types::{Consistency, ConsistencyMode, GuestView, OnLoss, Quorum};
+use virt_shadow::lab::QemuUser;
+
+/// How long output may stay away when something of ours fails: the bound is 200 ms, this machine may be busy.
+const OPEN_WITHIN: Duration = Duration::from_millis(900);
+
+fn output_commit(quorum: Quorum, on_loss: OnLoss) -> Consistency {
+    Consistency { mode: ConsistencyMode::OutputCommit, quorum, on_loss }
+}
+
+fn enable(bed: &Bed, consistency: Consistency) {
+    bed.fleet.enable_with(GUEST, "host1", bed.shadows, INTERVAL, consistency).unwrap();
+    wait_holding(bed);
+}
+
+fn wait_holding(bed: &Bed) -> GuestView {
+    bed.wait_protected();
+    let holding = |view: &GuestView| view.capture.output.gate == "holding" && view.capture.output.reason.is_empty();
+    bed.fleet.wait(GUEST, "output held", BACK_WITHIN, holding).unwrap()
+}
+
+/// The gate process of the guest on a host.
+fn gate(bed: &Bed, host: &str) -> Pid {
+    bed.child_of_agent(host, "gate")
+}
+
+#[test]
+fn what_a_client_was_told_stays_true_over_power_cuts() {
+    let _one_lab = one_lab();
+    let mut random = Random::from_env();
+    let bed = Bed::raise("told", 3, 1, QemuUser::Root);
+    enable(&bed, output_commit(Quorum::All, OnLoss::Consistency));
+    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
+    client.set_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut told = client.status().unwrap();
+    let rounds: u32 = std::env::var("ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    for round in 0..rounds {
+        let host = wait_holding(&bed).primary.host;
+        let cut_at = Instant::now() + Duration::from_millis(300 + random.below(500));
+        let (mut cut, mut asked, mut longest) = (None, 0u32, Duration::ZERO);
+        // The same connection all the time: before, during and after the power cut.
+        while cut.is_none_or(|cut: Instant| cut.elapsed() < Duration::from_secs(2)) {
+            if cut.is_none() && Instant::now() >= cut_at {
+                cut = Some(bed.lab.power_cut(&host).unwrap());
+            }
+            let began = Instant::now();
+            let answer =
+                client.status().unwrap_or_else(|error| panic!("round {round}: the connection is lost: {error}"));
+            longest = longest.max(began.elapsed());
+            assert!(
+                answer.counter >= told.counter && answer.uptime_ms >= told.uptime_ms && answer.boot == told.boot,
+                "round {round}: told {told:?}, then {answer:?}"
+            );
+            assert_eq!(answer.errors, 0);
+            told = answer;
+            asked += 1;
+        }
+        let now_on = bed.fleet.info(GUEST).unwrap().primary.host;
+        println!("round {round}: {host} -> {now_on}, {asked} answers on one connection, longest wait {longest:?}");
+        assert_ne!(now_on, host);
+        bed.lab.power_on(&host).unwrap();
+        bed.fleet.wait_hosts(3, BACK_WITHIN).unwrap();
+    }
+    // The gate came back by itself on each new primary.
+    let view = wait_holding(&bed);
+    assert!(view.capture.output.released_frames_total > 0, "{:?}", view.capture.output);
+    bed.lab.guest_client(bed.guest.ip).unwrap().verify().unwrap();
+}
+
+#[test]
+fn output_goes_on_whatever_fails() {
+    let _one_lab = one_lab();
+    let bed = Bed::raise("goes-on", 2, 1, QemuUser::Root);
+    enable(&bed, output_commit(Quorum::Any, OnLoss::Availability));
+
+    // A stopped agent.
+    let from = Instant::now();
+    let agent = bed.service("host1", "virtshadowd");
+    kill(agent, Signal::SIGSTOP).unwrap();
+    std::thread::sleep(Duration::from_millis(1_200));
+    kill(agent, Signal::SIGCONT).unwrap();
+    report_silence(&bed, "agent stopped", from);
+    wait_holding(&bed);
+
+    // A stopped gate: the agent ends it and takes the filters out.
+    let from = Instant::now();
+    kill(gate(&bed, "host1"), Signal::SIGSTOP).unwrap();
+    std::thread::sleep(Duration::from_millis(1_200));
+    report_silence(&bed, "gate stopped", from);
+    wait_holding(&bed);
+
+    let from = Instant::now();
+    kill(gate(&bed, "host1"), Signal::SIGKILL).unwrap();
+    std::thread::sleep(Duration::from_millis(1_200));
+    report_silence(&bed, "gate killed", from);
+    let opened = wait_holding(&bed).capture.output.opened_total;
+    assert!(opened >= 3, "opened {opened} times");
+
+    // A killed agent: its gate opens, and the next agent's takes its place.
+    let from = Instant::now();
+    let former = gate(&bed, "host1");
+    bed.kill_agent("host1");
+    std::thread::sleep(Duration::from_millis(1_200));
+    report_silence(&bed, "agent killed", from);
+    wait_holding(&bed);
+    wait_ended(former);
+
+    // All shadows lost.
+    let from = Instant::now();
+    bed.lab.power_cut("host2").unwrap();
+    std::thread::sleep(Duration::from_millis(1_200));
+    report_silence(&bed, "shadow lost", from);
+    let open = |view: &GuestView| view.capture.output.gate == "open";
+    bed.fleet.wait(GUEST, "an open gate", BACK_WITHIN, open).unwrap();
+    assert!(bed.fleet.events().unwrap().iter().any(|event| event.kind == "output-open" && event.level == "alarm"));
+    bed.lab.power_on("host2").unwrap();
+    wait_holding(&bed);
+
+    // Another mode, and back; then no protection at all: nothing of ours stays in QEMU.
+    bed.fleet.enable(GUEST, "host1", 1, INTERVAL).unwrap();
+    bed.fleet.wait(GUEST, "no gate", BACK_WITHIN, |view| view.capture.output.gate.is_empty()).unwrap();
+    assert_eq!(filters(&bed, "host1"), "");
+    enable(&bed, output_commit(Quorum::Any, OnLoss::Availability));
+    assert_ne!(filters(&bed, "host1"), "");
+    bed.fleet.disable(GUEST).unwrap();
+    assert_eq!(filters(&bed, "host1"), "");
+    bed.assert_guest_unharmed();
+}
+
+#[test]
+fn with_consistency_first_nothing_leaves_without_its_quorum() {
+    let _one_lab = one_lab();
+    let bed = Bed::raise("strict", 2, 1, QemuUser::Root);
+    enable(&bed, output_commit(Quorum::All, OnLoss::Consistency));
+    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
+    let told = client.status().unwrap();
+    bed.lab.power_cut("host2").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    client.set_timeout(Some(Duration::from_millis(1_500))).unwrap();
+    assert!(client.status().is_err(), "an answer left that no shadow knows of");
+    // Not even while one agent takes over from another.
+    bed.kill_agent("host1");
+    let from = Instant::now();
+    assert_eq!(bed.watch.wait_answer_after(from, Duration::from_secs(3)), None, "an answer left unseen");
+    bed.lab.power_on("host2").unwrap();
+    wait_holding(&bed);
+    let answer = bed.lab.guest_client(bed.guest.ip).unwrap().status().unwrap();
+    assert!(answer.counter > told.counter && answer.boot == told.boot);
+    bed.assert_guest_unharmed();
+}
+
+fn report_silence(bed: &Bed, what: &str, from: Instant) {
+    let silence = bed.watch.longest_silence(from, Instant::now());
+    println!("{what}: output away for {silence:?} at most");
+    assert!(silence < OPEN_WITHIN, "{what}: {silence:?}");
+}
+
+fn filters(bed: &Bed, host: &str) -> String {
+    let query = r#"{"execute":"qom-list","arguments":{"path":"/objects"}}"#;
+    let answer = bed.lab.virsh(host, &["qemu-monitor-command", GUEST, query]).unwrap();
+    answer.split('"').filter(|word| word.starts_with("virt-shadow-")).collect::<Vec<_>>().join(" ")
+}
+
+fn wait_ended(process: Pid) {
+    let began = Instant::now();
+    while kill(process, None).is_ok() {
+        assert!(began.elapsed() < BACK_WITHIN, "process {process} is still there");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
