@@ -39,7 +39,7 @@ fn host_state(state: HostState) -> &'static str {
 }
 
 pub fn guests(guests: &[GuestView], quiet: bool) -> String {
-    let mut table = Table::new(&["Domain", "State", "Primary", "Shadows", "Lag", "Pause p99", "Term"]);
+    let mut table = Table::new(&["Domain", "State", "Primary", "Shadows", "Lag", "Pause p99", "Output", "Term"]);
     for guest in guests {
         let shadows: Vec<_> = guest
             .shadows
@@ -57,6 +57,10 @@ pub fn guests(guests: &[GuestView], quiet: bool) -> String {
             shadows.join(", "),
             lag.map_or("-".into(), |lag| format!("{lag} ms")),
             if guest.capture.epochs_total > 0 { ms(guest.capture.pause_us.p99) } else { "-".into() },
+            match guest.capture.output.gate.as_str() {
+                "" => "-".into(),
+                gate => gate.to_owned(),
+            },
             guest.term.to_string(),
         ]);
     }
@@ -125,7 +129,7 @@ fn consistency(guest: &GuestView) -> String {
 }
 
 /// What the output gate does.
-fn output(stats: &OutputStats) -> String {
+pub fn output(stats: &OutputStats) -> String {
     let state = match (stats.gate.as_str(), stats.reason.as_str()) {
         (gate, "") => gate.to_owned(),
         (gate, reason) => format!("{gate}: {reason}"),
@@ -309,9 +313,9 @@ pub(super) mod tests {
     fn a_list_of_guests() {
         assert_eq!(
             guests(&[example()], false),
-            " Domain   State      Primary   Shadows   Lag     Pause p99   Term
-------------------------------------------------------------------
- web      degraded   host1     host2     52 ms   0.0 ms      3
+            " Domain   State      Primary   Shadows   Lag     Pause p99   Output   Term
+---------------------------------------------------------------------------
+ web      degraded   host1     host2     52 ms   0.0 ms      -        3
 "
         );
     }
@@ -324,10 +328,27 @@ pub(super) mod tests {
             "Reason:      host3: no memory",
             "Shadows:     1 of 2 wanted",
             "Tracker:     userfaultfd",
+            "Consistency: async",
             " host2    rack2   hot    following   76      52 ms   2.4 MiB/s   0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line:?} in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_becomes_of_output() {
+        let mut view = example();
+        view.consistency = Consistency {
+            mode: ConsistencyMode::OutputCommit,
+            quorum: "2".parse().unwrap(),
+            on_loss: OnLoss::Consistency,
+        };
+        view.capture.output = OutputStats { gate: "holding".into(), held_frames: 3, ..OutputStats::default() };
+        assert_eq!(consistency(&view), "output-commit (quorum 2, consistency first)");
+        view.capture.output.opened_total = 1;
+        let line = output(&view.capture.output);
+        assert_eq!(line, "holding; 3 frames held (0 B), for p50 0.0 ms, p99 0.0 ms, 1 times open uncommitted");
+        assert!(guest(&view, false).contains(&line));
     }
 
     #[test]

@@ -122,6 +122,9 @@ fn guest(view: &GuestView) -> String {
         bytes(capture.wire_bytes_total),
         bytes(capture.raw_bytes_total)
     );
+    if !capture.output.gate.is_empty() {
+        let _ = writeln!(text, "  output {}", show::output(&capture.output));
+    }
     text.push_str(&show::shadows(view, false));
     text
 }
@@ -142,6 +145,10 @@ fn lines(views: &[GuestView], time_ms: u64) -> String {
             pause.p99,
             view.capture.dirty_pages.last
         );
+        let head = match view.capture.output.gate.as_str() {
+            "" => head,
+            gate => format!("{head} output={gate} hold_p99_us={}", view.capture.output.hold_us.p99),
+        };
         if view.shadows.is_empty() {
             text.push_str(&(plain(&head) + " shadow=-\n"));
         }

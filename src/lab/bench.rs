@@ -4,6 +4,7 @@
 //! nothing here: a missed target is shown, not failed.
 
 mod failover;
+mod output;
 mod pause;
 mod workloads;
 
@@ -29,9 +30,12 @@ pub enum Benchmark {
     Switchover,
     /// Redis, PostgreSQL, gcc, an idle guest, random data, each with two shadows: pauses, lag, traffic, memory
     Workloads,
+    /// Holding a guest's output until it is committed: ping, requests, bulk TCP
+    Output,
 }
 
-const ALL: [Benchmark; 4] = [Benchmark::Pause, Benchmark::Failover, Benchmark::Switchover, Benchmark::Workloads];
+const ALL: [Benchmark; 5] =
+    [Benchmark::Pause, Benchmark::Failover, Benchmark::Switchover, Benchmark::Workloads, Benchmark::Output];
 
 /// One measured figure.
 #[derive(Debug, Clone, Serialize)]
@@ -123,6 +127,7 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
             Benchmark::Failover => failover::run(&bench, rounds)?,
             Benchmark::Switchover => failover::run_switchover(&bench, rounds)?,
             Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
+            Benchmark::Output => output::run(&bench)?,
         }
     }
     Ok(())

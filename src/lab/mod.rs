@@ -26,6 +26,7 @@ mod host;
 mod image;
 mod init;
 mod namespace;
+pub mod ping;
 pub mod pki;
 mod process;
 mod raise;
@@ -258,6 +259,11 @@ impl Lab {
     /// A TCP connection from the client's place in the network.
     pub fn connect_from_client(&self, ip: Ipv4Addr, port: u16) -> Result<std::net::TcpStream> {
         self.connect_within(ip, port, CONNECT_TIMEOUT)
+    }
+
+    /// Echoes from the client's place in the network.
+    pub fn ping_from_client(&self, ip: Ipv4Addr) -> Result<ping::Ping> {
+        ping::Ping::in_namespace(&namespace::netns_path(&self.name, CLIENT), ip)
     }
 
     fn connect_within(&self, ip: Ipv4Addr, port: u16, timeout: Duration) -> Result<std::net::TcpStream> {

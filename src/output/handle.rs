@@ -22,7 +22,7 @@ use crate::hypervisor::{Domain, HypervisorError, XmlKind};
 
 const PING_EVERY: Duration = Duration::from_millis(50);
 /// A gate that does not answer for so long is of no use.
-const SILENT_AFTER: Duration = Duration::from_millis(200);
+const SILENT_AFTER: Duration = Duration::from_millis(120);
 /// Looks that must have been in vain as well: this process itself may have stood still.
 const LOOKS: u32 = 3;
 /// For the gate to give back what it held when it is taken out.

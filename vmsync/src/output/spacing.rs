@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Less than this apart, cuts cost more than they bring.
 pub const SHORTEST: Duration = Duration::from_millis(2);
 /// However long pauses are, output does not wait longer for its cut.
-pub const LONGEST: Duration = Duration::from_millis(100);
+pub const LONGEST: Duration = Duration::from_millis(20);
 /// The guest runs so many times as long as it stands still.
 const RUNS: u32 = 3;
 /// Cuts whose output waits for its commit.

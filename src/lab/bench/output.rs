@@ -1,0 +1,175 @@
+//! What holding a guest's output costs its clients: ping, requests, bulk TCP; unprotected, with cuts alone, with the gate.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{Bench, Row, percentile};
+use crate::api::types::{Consistency, ConsistencyMode};
+use crate::lab::client::GUEST_PORT;
+use crate::lab::error::{LabError, Result};
+use crate::lab::fleet::Fleet;
+use crate::lab::{GuestClient, Lab, StartedGuest};
+
+const INTERVAL: Duration = Duration::from_millis(50);
+const PINGS: usize = 300;
+const PING_EVERY: Duration = Duration::from_millis(10);
+const MEASURE_FOR: Duration = Duration::from_secs(5);
+const CONNECTIONS: usize = 50;
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// Asked for at a time.
+const BULK_BYTES: u64 = 8 << 20;
+/// A guest that does something besides: 1,000 pages a second.
+const WORKLOAD: &str = "dirty:1000";
+
+/// How a client finds the guest.
+struct Seen {
+    ping_ms: Vec<f64>,
+    one_connection: f64,
+    fifty_connections: f64,
+    from_guest_mbit: f64,
+    to_guest_mbit: f64,
+}
+
+impl Seen {
+    fn ping_mean(&self) -> f64 {
+        self.ping_ms.iter().sum::<f64>() / self.ping_ms.len().max(1) as f64
+    }
+}
+
+pub(super) fn run(bench: &Bench) -> Result<()> {
+    let lab = bench.lab(2)?;
+    let fleet = Fleet::of(&lab)?;
+    fleet.wait_hosts(2, Duration::from_secs(30))?;
+    let guest = bench.guest(&lab, "web", "host1", 256, WORKLOAD)?;
+    bench.say("unprotected")?;
+    let alone = measure(bench, &lab, &guest)?;
+    fleet.enable("web", "host1", 1, INTERVAL)?;
+    fleet.wait_protected("web", Duration::from_secs(60))?;
+    bench.say("with cuts every 50 ms and no gate")?;
+    let cuts = measure(bench, &lab, &guest)?;
+    let consistency = Consistency { mode: ConsistencyMode::OutputCommit, ..Consistency::default() };
+    fleet.enable_with("web", "host1", 1, INTERVAL, consistency)?;
+    let holding = |view: &crate::api::types::GuestView| view.capture.output.gate == "holding";
+    fleet.wait("web", "output held", Duration::from_secs(60), holding)?;
+    bench.say("with output-commit")?;
+    let gated = measure(bench, &lab, &guest)?;
+    let view = fleet.info("web")?;
+    show(bench, &alone, &cuts, &gated);
+    let output = view.capture.output;
+    bench.print(&Row::new("frames waited in the gate, p50", output.hold_us.p50 as f64 / 1e3, "ms"));
+    bench.print(&Row::new("frames waited in the gate, p99", output.hold_us.p99 as f64 / 1e3, "ms"));
+    bench.print(&Row::new("times output left uncommitted", output.opened_total as f64, "times"));
+    let pause = view.capture.pause_us;
+    let row = Row::new("pause of a cut, p50", pause.p50 as f64 / 1e3, "ms");
+    bench.print(&row.beside("ms p99", pause.p99 as f64 / 1e3));
+    Ok(())
+}
+
+fn show(bench: &Bench, alone: &Seen, cuts: &Seen, gated: &Seen) {
+    let beside = |name: &str, value: f64, unit, cuts: f64, alone: f64| {
+        Row::new(name, value, unit).beside(format!("unprotected; {cuts:.2} with cuts alone"), alone)
+    };
+    let ping = |pick: &dyn Fn(&Seen) -> f64, name: &str| beside(name, pick(gated), "ms", pick(cuts), pick(alone));
+    let p99 = |seen: &Seen| percentile(&seen.ping_ms, 99);
+    bench.print(&ping(&|seen| percentile(&seen.ping_ms, 0), "ping min"));
+    bench.print(&ping(&|seen| seen.ping_mean(), "ping mean"));
+    bench.print(&ping(&p99, "ping p99"));
+    bench.print(&ping(&|seen| percentile(&seen.ping_ms, 100), "ping max"));
+    let mean = gated.ping_mean() - alone.ping_mean();
+    bench.print(&Row::new("added to a ping on average", mean, "ms").at_most(4.0));
+    bench.print(&Row::new("added to a ping at p99", p99(gated) - p99(alone), "ms").at_most(10.0));
+    let row = beside("requests, one connection", gated.one_connection, "/s", cuts.one_connection, alone.one_connection);
+    bench.print(&row.at_least(250.0));
+    let fifty = (gated.fifty_connections, cuts.fifty_connections, alone.fifty_connections);
+    bench.print(&beside("requests, fifty connections", fifty.0, "/s", fifty.1, fifty.2).at_least(2000.0));
+    for (name, pick) in [
+        ("bulk TCP from the guest", (|seen| seen.from_guest_mbit) as fn(&Seen) -> f64),
+        ("bulk TCP to the guest", |seen| seen.to_guest_mbit),
+    ] {
+        bench.print(&beside(name, pick(gated), "Mbit/s", pick(cuts), pick(alone)));
+        let share = pick(gated) / pick(alone) * 100.0;
+        bench.print(&Row::new(format!("{name}, of unprotected"), share, "%").at_least(25.0));
+    }
+}
+
+fn measure(bench: &Bench, lab: &Lab, guest: &StartedGuest) -> Result<Seen> {
+    bench.sleep(Duration::from_secs(1))?;
+    let mut ping = lab.ping_from_client(guest.ip)?;
+    let mut ping_ms = Vec::new();
+    for _ in 0..PINGS {
+        if let Some(took) = ping.echo(Duration::from_secs(1))? {
+            ping_ms.push(took.as_secs_f64() * 1e3);
+        }
+        std::thread::sleep(PING_EVERY);
+    }
+    bench.check_interrupt()?;
+    Ok(Seen {
+        ping_ms,
+        one_connection: requests(lab, guest, 1)?,
+        fifty_connections: requests(lab, guest, CONNECTIONS)?,
+        from_guest_mbit: bulk(lab, guest, receive)?,
+        to_guest_mbit: bulk(lab, guest, send)?,
+    })
+}
+
+/// Requests a second on so many connections, each of which waits for its answers.
+fn requests(lab: &Lab, guest: &StartedGuest, connections: usize) -> Result<f64> {
+    let clients = (0..connections).map(|_| lab.guest_client(guest.ip)).collect::<Result<Vec<_>>>()?;
+    let (answers, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let outcome = std::thread::scope(|scope| {
+        let ask = |mut client: GuestClient| {
+            client.set_timeout(Some(ANSWER_WITHIN))?;
+            while !stop.load(Ordering::Relaxed) {
+                client.status()?;
+                answers.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok::<_, std::io::Error>(())
+        };
+        let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(move || ask(client))).collect();
+        std::thread::sleep(MEASURE_FOR);
+        stop.store(true, Ordering::Relaxed);
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())))
+    });
+    outcome.map_err(LabError::system("ask the guest"))?;
+    Ok(answers.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Megabits a second of a transfer that is repeated for a while.
+fn bulk(lab: &Lab, guest: &StartedGuest, transfer: fn(&mut TcpStream) -> std::io::Result<()>) -> Result<f64> {
+    let mut stream = lab.connect_from_client(guest.ip, GUEST_PORT)?;
+    let limit = LabError::system::<std::io::Error>;
+    stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(limit("set a time limit"))?;
+    stream.set_write_timeout(Some(ANSWER_WITHIN)).map_err(limit("set a time limit"))?;
+    let (began, mut bytes) = (Instant::now(), 0);
+    while began.elapsed() < MEASURE_FOR {
+        transfer(&mut stream).map_err(limit("transfer"))?;
+        bytes += BULK_BYTES;
+    }
+    Ok(bytes as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64())
+}
+
+fn receive(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(format!("send {BULK_BYTES}\n").as_bytes())?;
+    read_exactly(stream, BULK_BYTES)
+}
+
+fn send(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(format!("take {BULK_BYTES}\n").as_bytes())?;
+    let block = vec![0x5a; 64 << 10];
+    for _ in 0..BULK_BYTES / block.len() as u64 {
+        stream.write_all(&block)?;
+    }
+    read_exactly(stream, "taken\n".len() as u64)
+}
+
+fn read_exactly(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
+    match std::io::copy(&mut stream.take(bytes), &mut std::io::sink())? {
+        read if read == bytes => Ok(()),
+        _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}
