@@ -15,6 +15,9 @@ pub const DEFAULT_CONFIG_PATH: &str = "/etc/virt-shadow/virtshadowd.toml";
 /// Socket of the REST API, and what `virt-shadow` connects to unless `--connect` names another.
 pub const DEFAULT_SOCKET_PATH: &str = "/run/virt-shadow/virtshadowd.sock";
 
+/// Most labels of a host.
+const MAX_LABELS: usize = 64;
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -22,6 +25,10 @@ pub struct Config {
     pub host: String,
     /// Failure domain of this host; shadows go to other racks than their primary's.
     pub rack: String,
+    /// Power domain of its rack, if the manager has no topology file: no two copies of a guest share one.
+    pub power: Option<String>,
+    /// What guests may ask for, or avoid, of hosts of their shadows.
+    pub labels: Vec<String>,
     /// Unix socket of the REST API; whoever may open it may give orders (mode 0660).
     pub socket: PathBuf,
     /// Records that must survive a reboot: which guests this host ran, with which term; the manager's database.
@@ -97,6 +104,10 @@ pub struct ManagerConfig {
     pub suspect_ms: u64,
     /// How long a suspected host is probed without any answer before it counts as gone, milliseconds.
     pub confirm_ms: u64,
+    /// A file that describes the site: racks, switches, power domains, links. Without one hosts tell their racks.
+    pub topology: Option<PathBuf>,
+    /// vCPUs that a processor may carry once shadows have been promoted.
+    pub cpu_overcommit: u32,
 }
 
 impl Default for Config {
@@ -104,6 +115,8 @@ impl Default for Config {
         Self {
             host: nix::unistd::gethostname().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
             rack: "rack0".into(),
+            power: None,
+            labels: Vec::new(),
             socket: DEFAULT_SOCKET_PATH.into(),
             state_dir: "/var/lib/virt-shadow".into(),
             run_dir: "/run/virt-shadow".into(),
@@ -150,6 +163,8 @@ impl Default for ManagerConfig {
             heartbeat_ms: 200,
             suspect_ms: 700,
             confirm_ms: 300,
+            topology: None,
+            cpu_overcommit: 16,
         }
     }
 }
@@ -189,6 +204,15 @@ impl Config {
         if !name_ok(&self.rack) {
             return Err(("rack", format!("{:?} is not a name of 1 to 64 letters, digits, '-', '_' or '.'", self.rack)));
         }
+        if let Some(power) = self.power.as_ref().filter(|power| !name_ok(power)) {
+            return Err(("power", format!("{power:?} is not a name of 1 to 64 letters, digits, '-', '_' or '.'")));
+        }
+        if let Some(label) = self.labels.iter().find(|label| !name_ok(label)) {
+            return Err(("labels", format!("{label:?} is not a name of 1 to 64 letters, digits, '-', '_' or '.'")));
+        }
+        if self.labels.len() > MAX_LABELS {
+            return Err(("labels", format!("{} are more than {MAX_LABELS}", self.labels.len())));
+        }
         if !self.agent.enabled && !self.manager.enabled {
             return Err(("agent.enabled", "neither the agent nor the manager role is enabled".into()));
         }
@@ -204,6 +228,7 @@ impl Config {
         };
         range("agent.watchdog_ms", self.agent.watchdog_ms, 20, 2_000)?;
         range("manager.heartbeat_ms", self.manager.heartbeat_ms, 20, 10_000)?;
+        range("manager.cpu_overcommit", self.manager.cpu_overcommit.into(), 1, 1_000)?;
         range("manager.suspect_ms", self.manager.suspect_ms, 100, 60_000)?;
         if self.manager.suspect_ms < 2 * self.manager.heartbeat_ms {
             let least = 2 * self.manager.heartbeat_ms;

@@ -243,6 +243,7 @@ async fn a_guest_that_died_is_not_started_before_the_manager_has_decided() {
             term,
             interval_ms: 50,
             budget: Default::default(),
+            policy: String::new(),
             mirror_mib: 256,
             consistency: Default::default(),
             shadows: Vec::new(),

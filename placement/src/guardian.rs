@@ -13,6 +13,9 @@
 //! done. A promotion is in the first part with its term and its one host before the order is in the second, so that a
 //! manager that ends at any point goes on from what it wrote down, and a term is never given to two hosts.
 //!
+//! Where shadows go is planned elsewhere, for all guests at once, and taken over when the plan comes back ([`planning`]):
+//! a promotion chooses among the shadows there are and waits for no plan.
+//!
 //! Rules of a promotion:
 //! - The term grows before each order to a host that was not ordered before; repeating an order keeps the term.
 //! - An order whose outcome is unknown is repeated to the same host. Another host gets its turn only after a definite
@@ -23,8 +26,10 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::consistency::Consistency;
+use crate::fleet::{FleetError, FleetPlan, Policy, Question, Topology};
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 mod context;
@@ -32,6 +37,7 @@ mod failover;
 mod health;
 mod lifecycle;
 mod model;
+mod planning;
 mod requests;
 mod switchover;
 #[cfg(test)]
@@ -40,10 +46,11 @@ mod upkeep;
 
 use context::{Context, Orders};
 pub use model::{
-    Failover, FailoverStep, Guest, GuestPlan, Health, Host, HostIntro, HostReport, Leave, PeerReport, Phase,
-    PrimaryReport, Record, Seat, ShadowReport, Switchover, SwitchoverStep,
+    Abilities, Failover, FailoverStep, Guest, GuestPlan, Health, Host, HostIntro, HostReport, Leave, Needs, PeerReport,
+    Phase, PrimaryReport, Record, Seat, ShadowReport, Switchover, SwitchoverStep,
 };
-pub use requests::{DEFAULT_MIRROR_MIB, MIRROR_MIB};
+pub use planning::why_not;
+pub use requests::{DEFAULT_MIRROR_MIB, INTERVAL_MS, MIRROR_MIB, Wish};
 
 /// Times of the state machine. Those of single orders are beside them.
 #[derive(Debug, Clone, Copy)]
@@ -56,11 +63,22 @@ pub struct Settings {
     pub replace_after_ms: u64,
     /// How long an agent whose guest is not running may take to say why, before the guest counts as dead.
     pub explain_ms: u64,
+    /// Moves that a plan may try for each shadow that has no host yet.
+    pub plan_effort: u64,
+    /// How many vCPUs a processor may carry.
+    pub cpu_overcommit: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { suspect_ms: 700, confirm_ms: 300, replace_after_ms: 5_000, explain_ms: 1_500 }
+        Self {
+            suspect_ms: 700,
+            confirm_ms: 300,
+            replace_after_ms: 5_000,
+            explain_ms: 1_500,
+            plan_effort: 2_000,
+            cpu_overcommit: 16,
+        }
     }
 }
 
@@ -129,6 +147,11 @@ pub enum Event {
         id: RequestId,
         request: Request,
     },
+    /// Outcome of an [`Action::Plan`]: exactly one for each. A plan is there only if the checker has accepted it.
+    Planned {
+        number: u64,
+        result: Result<Arc<FleetPlan>, Arc<FleetError>>,
+    },
     /// Time goes on; at least every 100 ms.
     Tick,
 }
@@ -173,18 +196,11 @@ pub enum Answer {
 /// What an operator asks for.
 #[derive(Debug, Clone)]
 pub enum Request {
-    /// `guest` runs on `host` now.
-    Enable {
+    Enable(Wish),
+    /// What a protected guest asks of its shadows from now on, their number included.
+    SetPolicy {
         guest: GuestId,
-        domain: String,
-        host: HostName,
-        memory_mib: u64,
-        shadows: u32,
-        interval_ms: u64,
-        budget: Budget,
-        mirror_mib: u64,
-        consistency: Consistency,
-        on: Vec<HostName>,
+        policy: Policy,
     },
     Disable {
         guest: GuestId,
@@ -204,6 +220,7 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Reply {
     Enabled,
+    PolicySet,
     Disabled {
         message: String,
     },
@@ -257,6 +274,8 @@ pub enum Order {
         budget: Budget,
         mirror_mib: u64,
         consistency: Consistency,
+        /// To be kept with the guest's definition.
+        policy: String,
         shadows: Vec<HostName>,
     },
     Release {
@@ -345,6 +364,11 @@ pub enum Action {
         id: RequestId,
         result: Result<Reply, RequestError>,
     },
+    /// Have it answered elsewhere, however long that takes: nothing waits for it. One at a time.
+    Plan {
+        number: u64,
+        question: Box<Question>,
+    },
 }
 
 /// Outcome of a step: write `save`, in one transaction, then do `then`, in order.
@@ -362,6 +386,9 @@ pub struct Guardian {
     guests: BTreeMap<GuestId, Guest>,
     orders: Orders,
     last_tick: Option<Moment>,
+    /// The site as its operator described it; none: as its hosts tell.
+    topology: Option<Topology>,
+    planning: planning::Planning,
     /// Guests that were disabled, with their last term. If one is enabled again, its term starts above.
     forgotten: BTreeMap<GuestId, Term>,
     /// The same for guests that we never heard of but in records of hosts.
@@ -389,9 +416,17 @@ impl Guardian {
             guests,
             orders: Orders::default(),
             last_tick: None,
+            topology: None,
+            planning: planning::Planning::begin(now),
             forgotten: forgotten.into_iter().collect(),
             strangers: BTreeMap::new(),
         }
+    }
+
+    /// Plans for the site that an operator has described. Hosts that are not in it get no shadows.
+    pub fn with_topology(mut self, topology: Option<Topology>) -> Self {
+        self.topology = topology;
+        self
     }
 
     pub fn hosts(&self) -> impl Iterator<Item = &Host> {
@@ -411,6 +446,7 @@ impl Guardian {
     /// The one entry: what `event` at `now` leads to.
     pub fn step(&mut self, now: Moment, event: Event) -> Ready {
         let mut ready = Ready::default();
+        let may_need_plan = !matches!(event, Event::Heartbeat { .. } | Event::Probed { .. });
         match event {
             Event::Hello { intro, records } => self.hello(now, intro, &records, &mut ready),
             Event::Heartbeat { host, report } => self.heartbeat(now, &host, report, &mut ready),
@@ -438,12 +474,16 @@ impl Guardian {
             Event::Probed { host, answered } => self.probed(now, &host, answered, &mut ready),
             Event::OrderDone { token, outcome } => self.order_done(now, token, outcome, &mut ready),
             Event::Requested { id, request } => self.requested(now, id, request, &mut ready),
+            Event::Planned { number, result } => self.planned(now, number, result, &mut ready),
             Event::Tick => {
                 self.check_silence(now, &mut ready);
                 for id in self.guests.keys().cloned().collect::<Vec<_>>() {
                     self.with_guest(now, &id, &mut ready, |_, _| ());
                 }
             }
+        }
+        if may_need_plan {
+            self.plan_if_needed(now, &mut ready);
         }
         ready
     }
@@ -459,16 +499,11 @@ impl Guardian {
     ) {
         let Some(mut guest) = self.guests.remove(id) else { return };
         let before = guest.plan.clone();
-        let mut cx = Context {
-            now,
-            settings: &self.settings,
-            hosts: &mut self.hosts,
-            others: &self.guests,
-            orders: &mut self.orders,
-            ready,
-        };
+        let mut cx = Context { now, settings: &self.settings, hosts: &mut self.hosts, orders: &mut self.orders, ready };
         act(&mut guest, &mut cx);
         upkeep::tend(&mut guest, &mut cx);
+        let seats = &guest.plan.seats;
+        guest.plan.going.retain(|host| seats.contains(host));
         if guest.plan.phase == Phase::Leaving && guest.plan.former.is_empty() {
             let term = guest.plan.term;
             self.forgotten.insert(id.clone(), term);

@@ -2,9 +2,10 @@
 
 mod world;
 
-use placement::guardian::{Leave, Order, Phase, Reply, Request, RequestError};
+use placement::fleet::Policy;
+use placement::guardian::{Leave, Needs, Order, Phase, Reply, Request, RequestError, Wish};
 use placement::term::Role;
-use world::World;
+use world::{World, wish};
 
 /// `web` on h1 with `shadows` shadows, all following.
 fn protected(hosts: usize, racks: usize, shadows: u32) -> World {
@@ -36,7 +37,7 @@ fn a_power_cut_moves_the_guest_within_a_second_and_a_half_and_restores_redundanc
     assert_eq!(world.promised.len(), 1);
     // Two wanted, but only one other rack has power: told, and mended when the old host comes back.
     let reason = world.guardian.as_ref().unwrap().guest(&"web".into()).unwrap().reason();
-    assert!(reason.contains("bring back h1"), "{reason}");
+    assert!(reason.contains("on h1 bring it back"), "{reason}");
     world.power_on(&name("h1"));
     assert!(world.run_until(10_000, |world| world.is_whole("web")), "{:#?}", world.log);
     assert_eq!(world.hosts[&name("h1")].role(&"web".into()).unwrap().0, Role::Shadow);
@@ -251,20 +252,12 @@ fn requests_that_cannot_be_met_say_why() {
         world.run_ms(100);
         world.answers[&id].clone().expect_err("must be refused").to_string()
     };
-    let enable = |guest: &str, shadows, on: &[&str], interval_ms| Request::Enable {
-        guest: guest.into(),
-        domain: guest.into(),
-        host: "h1".into(),
-        memory_mib: 256,
-        shadows,
-        interval_ms,
-        budget: Default::default(),
-        mirror_mib: 256,
-        consistency: Default::default(),
-        on: on.iter().copied().map(placement::HostName::from).collect(),
+    let enable = |guest: &str, shadows, on: &[&str], interval_ms| {
+        let on = on.iter().copied().map(placement::HostName::from).collect();
+        Request::Enable(Wish { interval_ms, on, ..wish(guest, "h1", shadows) })
     };
     for (request, words) in [
-        (enable("db", 3, &[], 50), "2 possible in 3 racks"),
+        (enable("db", 3, &[], 50), "3 shadows wanted, 2 possible"),
         (enable("db", 0, &[], 50), "1 to 8"),
         (enable("db", 1, &[], 1), "interval of 1 ms"),
         (enable("db", 1, &["h2", "h3"], 50), "2 hosts named for 1 shadows"),
@@ -320,3 +313,230 @@ fn fewer_shadows_are_given_up_and_more_are_made_when_asked_for() {
         assert_eq!(world.plan("web").unwrap().seats.len(), shadows as usize);
     }
 }
+
+/// A host of each of four racks; `r0` and `r1` on one power feed, `r2` and `r3` on the other.
+const TWO_FEEDS: &str = r#"
+survive = ["rack", "power"]
+[[power]]
+name = "a"
+[[power]]
+name = "b"
+[[rack]]
+name = "r0"
+power = "a"
+[[rack]]
+name = "r1"
+power = "a"
+[[rack]]
+name = "r2"
+power = "b"
+[[rack]]
+name = "r3"
+power = "b"
+[[host]]
+name = "h1"
+rack = "r0"
+[[host]]
+name = "h2"
+rack = "r1"
+[[host]]
+name = "h3"
+rack = "r2"
+[[host]]
+name = "h4"
+rack = "r3"
+"#;
+
+fn seats(world: &World, guest: &str) -> Vec<String> {
+    world.plan(guest).unwrap().seats.iter().map(ToString::to_string).collect()
+}
+
+fn asked(world: &mut World, request: Request) -> Result<Reply, RequestError> {
+    let id = world.request(request);
+    assert!(world.run_until(2_000, |world| world.answers.contains_key(&id)), "{:#?}", world.log);
+    world.answers[&id].clone()
+}
+
+#[test]
+fn a_promotion_waits_for_no_plan() {
+    let mut world = protected(4, 4, 2);
+    // A plan is asked for that takes for ever, and meanwhile the guest dies.
+    world.plan_us = 3_600_000_000;
+    let seat = world.plan("web").unwrap().seats.first().unwrap().clone();
+    let plans = world.plans;
+    world.power_cut(&seat);
+    assert!(world.run_until(10_000, |world| world.plans > plans), "{:#?}", world.log);
+    let died_us = world.now_us;
+    world.kill_guest(&name("h1"), &"web".into());
+    assert!(world.run_until(1_000, |world| world.runs_on("web").is_some()), "{:#?}", world.log);
+    assert!(world.now_us - died_us < 50_000, "{} us", world.now_us - died_us);
+}
+
+#[test]
+fn a_plan_that_the_checker_refuses_is_told_loudly_and_not_executed() {
+    let mut world = protected(4, 4, 1);
+    world.plans_refused = true;
+    let seat = world.plan("web").unwrap().seats.first().unwrap().clone();
+    world.power_cut(&seat);
+    let error = asked(&mut world, Request::Enable(wish("db", "h1", 1))).unwrap_err();
+    assert!(matches!(&error, RequestError::Failed(why) if why.contains("the checker refused the plan")), "{error}");
+    world.run_ms(30_000);
+    assert!(world.plan("db").is_none());
+    assert_eq!(seats(&world, "web"), [seat.to_string()], "what there is stays as it is");
+    let alarms = world.log.iter().filter(|line| line.contains("plan-refused")).count();
+    assert_eq!(alarms, 1, "told once, not every time: {:#?}", world.log);
+    world.plans_refused = false;
+    assert!(world.run_until(70_000, |world| world.is_whole("web")), "{:#?}", world.log);
+}
+
+#[test]
+fn a_shadow_that_cannot_stay_is_given_up_only_when_its_successor_follows() {
+    let mut world = protected(4, 4, 1);
+    assert_eq!(seats(&world, "web"), ["h2"]);
+    // The operator tells that h1 and h2 hang on one feed.
+    world.restart_with(TWO_FEEDS);
+    for _ in 0..4_000 {
+        world.run_ms(5);
+        let plan = world.plan("web").unwrap();
+        let follow = plan.seats.iter().filter(|host| world.hosts[*host].follows(&plan.id, plan.term)).count();
+        assert!(follow >= 1, "without any shadow for a while: {:#?}", world.log);
+    }
+    let moves = world.log.iter().filter(|line| line.contains("shadow-moves")).count();
+    assert!(moves == 1 && world.is_whole("web"), "{:#?}", world.log);
+    let [seat] = &seats(&world, "web")[..] else { panic!("{:?}", seats(&world, "web")) };
+    assert!(["h3", "h4"].contains(&seat.as_str()));
+    assert!(world.hosts[&name("h2")].role(&"web".into()).is_none(), "the old one is gone");
+}
+
+#[test]
+fn named_hosts_are_taken_or_refused_with_the_reason() {
+    let mut world = World::new(1, 6, 3);
+    world.run_ms(500);
+    world.enable("web", "h1", 1);
+    world.run_ms(500);
+    let on = |hosts: &[&str]| {
+        Request::Enable(Wish {
+            on: hosts.iter().copied().map(placement::HostName::from).collect(),
+            ..wish("web", "h1", 2)
+        })
+    };
+    assert_eq!(asked(&mut world, on(&["h6", "h5"])), Ok(Reply::Enabled));
+    assert_eq!(seats(&world, "web"), ["h5", "h6"]);
+    assert_eq!(asked(&mut world, on(&["h3"])), Ok(Reply::Enabled));
+    assert!(seats(&world, "web").contains(&"h3".to_owned()), "{:?}", seats(&world, "web"));
+    for (hosts, words) in [
+        (["h4", "h2"], "h4 cannot keep a shadow: in the primary's rack"),
+        (["h2", "h5"], "cannot keep a shadow: in the rack, switch or power domain of another shadow"),
+    ] {
+        let error = asked(&mut world, on(&hosts)).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+}
+
+#[test]
+fn a_guest_goes_only_where_its_policy_and_its_machine_let_it() {
+    let mut world = World::new(1, 5, 5);
+    for (host, label) in [("h2", "hdd"), ("h3", "ssd"), ("h4", "ssd"), ("h5", "ssd")] {
+        world.hosts.get_mut(&name(host)).unwrap().abilities.labels.insert(label.into());
+    }
+    for host in ["h1", "h2", "h4"] {
+        world.hosts.get_mut(&name(host)).unwrap().abilities.machine_types.insert("x86_64/pc-q35-9.0".into());
+    }
+    world.hosts.get_mut(&name("h3")).unwrap().abilities.machine_types.insert("x86_64/pc-q35-7.2".into());
+    world.run_ms(1_000);
+    let needs = Needs { machine_type: Some("x86_64/pc-q35-9.0".into()), ..Needs::default() };
+    let ssd = |shadows: u32| Wish {
+        needs: needs.clone(),
+        policy: Policy::parse("need = \"ssd\"").unwrap().resized(shadows as usize),
+        ..wish("web", "h1", shadows)
+    };
+    assert!(world.start_guest(&name("h1"), &"web".into()));
+    // Of h5 nobody knows what it can run, which is not held against it.
+    assert_eq!(asked(&mut world, Request::Enable(ssd(2))), Ok(Reply::Enabled));
+    assert_eq!(seats(&world, "web"), ["h4", "h5"]);
+    let error = asked(&mut world, Request::Enable(ssd(3))).unwrap_err().to_string();
+    assert!(error.contains("3 shadows wanted, 2 possible") && error.contains("(h1, h2, h3)"), "{error}");
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    // Another policy: what may not stay moves, without a moment without shadows.
+    let policy = Policy::parse("need = \"hdd\"").unwrap();
+    let request = Request::SetPolicy { guest: "web".into(), policy: policy.clone() };
+    assert_eq!(asked(&mut world, request), Ok(Reply::PolicySet));
+    assert!(world.run_until(5_000, |world| seats(world, "web") == ["h2"]), "{:#?}", world.log);
+    assert!(world.run_until(5_000, |world| world.is_whole("web")), "{:#?}", world.log);
+    assert_eq!(world.plan("web").unwrap().policy, policy, "saved");
+    let warm = Request::SetPolicy { guest: "web".into(), policy: Policy::parse("tiers = \"warm\"").unwrap() };
+    assert!(asked(&mut world, warm).unwrap_err().to_string().contains("tier warm cannot be kept yet"));
+}
+
+#[test]
+fn a_rack_is_lost_and_all_guests_find_other_shadows_in_the_right_power_domain() {
+    let mut world = World::new(7, 6, 3);
+    world.topology = Some(placement::fleet::Topology::parse(SIX_HOSTS).unwrap());
+    world.crash_manager(10_000);
+    world.run_ms(1_000);
+    let guests: Vec<String> = (0..10).map(|number| format!("g{number}")).collect();
+    for (number, guest) in guests.iter().enumerate() {
+        let primary = format!("h{}", number % 6 + 1);
+        world.enable(guest, &primary, 1);
+    }
+    let whole = |world: &World| guests.iter().all(|guest| world.is_whole(guest));
+    assert!(world.run_until(10_000, whole), "{:#?}", world.log);
+    // r0 shares its feed with r2, so those that stand on r1 need r2 now.
+    world.power_cut(&name("h1"));
+    world.power_cut(&name("h4"));
+    assert!(world.run_until(20_000, whole), "{:#?}", world.log);
+    for guest in &guests {
+        let plan = world.plan(guest).unwrap();
+        let rack = |host: &placement::HostName| world.hosts[host].intro.rack.clone();
+        let mut racks: Vec<String> = plan.seats.iter().chain([&plan.primary]).map(rack).collect();
+        racks.sort();
+        assert_eq!(racks, ["r1", "r2"], "{guest}");
+    }
+    // The other one: nothing is left on the second feed, which is told for each host.
+    world.power_cut(&name("h2"));
+    world.power_cut(&name("h5"));
+    world.run_ms(20_000);
+    for guest in &guests {
+        assert!(world.runs_on(guest).is_some(), "{guest} does not run");
+        let reason = world.guardian.as_ref().unwrap().guest(&guest.as_str().into()).unwrap().reason();
+        assert!(reason.contains("1 shadow wanted, 0 possible; of 6 hosts: 4 down"), "{reason}");
+        assert!(reason.contains("bring it back"), "{reason}");
+    }
+}
+
+/// Two hosts in each of three racks; the first and the third on one feed.
+const SIX_HOSTS: &str = r#"
+survive = ["rack", "power"]
+[[power]]
+name = "a"
+[[power]]
+name = "b"
+[[rack]]
+name = "r0"
+power = "a"
+[[rack]]
+name = "r1"
+power = "b"
+[[rack]]
+name = "r2"
+power = "a"
+[[host]]
+name = "h1"
+rack = "r0"
+[[host]]
+name = "h2"
+rack = "r1"
+[[host]]
+name = "h3"
+rack = "r2"
+[[host]]
+name = "h4"
+rack = "r0"
+[[host]]
+name = "h5"
+rack = "r1"
+[[host]]
+name = "h6"
+rack = "r2"
+"#;

@@ -65,6 +65,8 @@ fn run(seed: u64) -> World {
     world.run_ms(1_500);
     world.slowest_us = 1_000 + world.rng.below(100_000);
     (world.refusals, world.lost_replies, world.crash_between) = (5, 5, 2);
+    // Plans are there at once, or when all has changed.
+    world.plan_us = 1_000 + world.rng.below(3_000_000);
     for _ in 0..30 {
         let guest = guests[world.rng.below(2) as usize].clone();
         accident(&mut world, &guest);
@@ -73,6 +75,7 @@ fn run(seed: u64) -> World {
     }
     // Peace.
     (world.refusals, world.lost_replies, world.crash_between, world.slowest_us) = (0, 0, 0, 2_000);
+    world.plan_us = 2_000;
     for name in world.hosts.keys().cloned().collect::<Vec<_>>() {
         if !world.hosts[&name].on {
             world.power_on(&name);

@@ -4,18 +4,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::api::control::{Command, Done, GuestRecord, Role, ShadowTarget};
+use crate::api::control::{Command, Done, GuestNeeds, GuestRecord, Role, ShadowTarget};
 use crate::api::link::{CommandHandler, StartRefusal};
 use crate::api::types::{ApiError, Budget, Consistency};
-use crate::hypervisor::xml::GuestDefinition;
-use crate::hypervisor::{DomainState, HypervisorError, XmlKind};
+use crate::hypervisor::xml::{self, GuestDefinition};
+use crate::hypervisor::{Domain, DomainState, HypervisorError, XmlKind};
 use crate::standby::is_uuid;
 use crate::transport;
 
 use super::primary::{self, Primary, PrimarySpec};
 use super::records::RecordError;
-use super::{Agent, doctor, lock};
+use super::{Agent, doctor, inventory, lock};
 
+/// Namespace of a guest's policy in its domain's metadata.
+const POLICY_NAMESPACE: &str = "urn:virt-shadow:policy:1";
 /// How long an order waits for a libvirtd that is starting; less than the manager waits for the answer.
 const LIBVIRT_WITHIN: Duration = Duration::from_secs(4);
 
@@ -25,8 +27,10 @@ impl CommandHandler for Agent {
             return Err(ApiError::new("invalid", format!("{uuid:?} is not a UUID")));
         }
         match command {
-            Command::Describe { domain } => self.describe(domain).await,
-            Command::Protect { uuid, domain, term, interval_ms, budget, mirror_mib, consistency, shadows } => {
+            Command::Describe { domain } => self.describe(domain, None).await,
+            Command::SetPolicy { domain, policy } => self.describe(domain, Some(policy)).await,
+            Command::Protect { uuid, domain, term, interval_ms, budget, mirror_mib, consistency, policy, shadows } => {
+                self.keep_policy(&uuid, policy).await;
                 self.protect(uuid, domain, term, (interval_ms, budget), (mirror_mib, consistency), shadows).await
             }
             Command::Release { uuid } => self.release(uuid).await,
@@ -84,7 +88,7 @@ fn uuid_of(command: &Command) -> Option<&String> {
         | Command::Verify { uuid }
         | Command::ShadowStatus { uuid } => Some(uuid),
         Command::Witness { uuid, .. } => uuid.as_ref(),
-        Command::Describe { .. } | Command::Doctor => None,
+        Command::Describe { .. } | Command::SetPolicy { .. } | Command::Doctor => None,
     }
 }
 
@@ -132,11 +136,30 @@ impl Agent {
         ApiError::new("conflict", format!("{host} knows term {newer} of guest {uuid}; term {term} is over"))
     }
 
-    async fn describe(&self, domain: String) -> Result<Done, ApiError> {
+    /// Has libvirt keep a protected guest's policy with its definition. The manager has it as well, so a libvirt that
+    /// cannot is no reason to leave the guest without shadows.
+    async fn keep_policy(&self, uuid: &str, policy: String) {
+        let (libvirt, guest) = (Arc::clone(&self.libvirt), uuid.to_owned());
+        let kept = blocking(move || {
+            let domain = libvirt.lookup(&guest)?;
+            if policy_of(&domain)? == policy.trim() { Ok(()) } else { set_policy(&domain, &policy) }
+        });
+        match kept.await {
+            Ok(Ok(()) | Err(HypervisorError::NotFound { .. })) => (),
+            Ok(Err(error)) => tracing::warn!(uuid, "policy not kept with the definition: {error}"),
+            Err(error) => tracing::warn!(uuid, "policy not kept with the definition: {error}"),
+        }
+    }
+
+    /// What there is to know of a domain, after its policy has been set, if there is one to set.
+    async fn describe(&self, domain: String, policy: Option<String>) -> Result<Done, ApiError> {
         let (libvirt, shadows) = (Arc::clone(&self.libvirt), Arc::clone(&self.shadows));
         blocking(move || {
             let hypervisor = libvirt.wait(LIBVIRT_WITHIN).map_err(hypervisor_error)?;
             let domain = hypervisor.lookup(&domain).map_err(hypervisor_error)?;
+            if let Some(policy) = policy {
+                set_policy(&domain, &policy).map_err(hypervisor_error)?;
+            }
             let (state, _) = domain.state().map_err(hypervisor_error)?;
             let is_shadow = shadows.status(domain.uuid()).is_some();
             let running = matches!(state, DomainState::Running | DomainState::Paused) && !is_shadow;
@@ -160,6 +183,15 @@ impl Agent {
                 running,
                 refusals,
                 output_refusals,
+                needs: GuestNeeds {
+                    vcpus: definition.vcpus,
+                    cpu_model: definition.cpu_model.map(|model| match model.strip_suffix("/host-passthrough") {
+                        Some(_) => format!("{model}/{}", inventory::processor()),
+                        None => model,
+                    }),
+                    machine_type: definition.machine_type,
+                },
+                policy: policy_of(&domain).map_err(hypervisor_error)?,
             })
         })
         .await?
@@ -304,16 +336,32 @@ impl Agent {
 }
 
 /// Why the output of a running domain cannot be held.
-fn output_refusals(domain: &crate::hypervisor::Domain, running: bool) -> Result<Vec<String>, HypervisorError> {
+fn output_refusals(domain: &Domain, running: bool) -> Result<Vec<String>, HypervisorError> {
     if !running {
         return Ok(Vec::new());
     }
     let xml = domain.xml(XmlKind::Live)?;
-    let nics = crate::hypervisor::xml::output_nics(&xml).unwrap_or_default();
+    let nics = xml::output_nics(&xml).unwrap_or_default();
     Ok(nics.iter().filter_map(|nic| nic.refusal.as_ref()).map(ToString::to_string).collect())
 }
 
-fn has_cut_command(domain: &crate::hypervisor::Domain) -> Result<bool, HypervisorError> {
+/// What is kept with the definition of a domain.
+fn policy_of(domain: &Domain) -> Result<String, HypervisorError> {
+    let element = domain.metadata(POLICY_NAMESPACE)?.unwrap_or_default();
+    // What cannot be read was not written by us; it says nothing.
+    Ok(if element.is_empty() { element } else { xml::policy_text(&element).unwrap_or_default() })
+}
+
+fn set_policy(domain: &Domain, policy: &str) -> Result<(), HypervisorError> {
+    let element = (!policy.trim().is_empty()).then(|| xml::policy_element(policy.trim())).transpose();
+    let Ok(element) = element else { return Ok(()) };
+    if element.is_none() && domain.metadata(POLICY_NAMESPACE)?.is_none() {
+        return Ok(());
+    }
+    domain.set_metadata(POLICY_NAMESPACE, "shadow", element.as_deref())
+}
+
+fn has_cut_command(domain: &Domain) -> Result<bool, HypervisorError> {
     let commands = domain.qmp_call("query-commands", serde_json::Value::Null)?;
     let named =
         |command: &serde_json::Value| command.get("name").and_then(|n| n.as_str()) == Some("xen-save-devices-state");

@@ -10,6 +10,7 @@
 mod commands;
 mod doctor;
 mod guards;
+mod inventory;
 mod libvirt;
 mod primary;
 mod records;
@@ -23,13 +24,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use tokio::sync::watch;
 
-use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Role};
+use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Inventory, Role};
 use crate::api::link::{AgentLink, AgentStatus, LinkOptions, StartRefusal};
 use crate::config::Config;
 use crate::hypervisor::{HypervisorEvent, Lifecycle, Started};
 use crate::transport::Security;
 
 use guards::GuardKeeper;
+pub(crate) use inventory::only_switch;
 use libvirt::Libvirt;
 use primary::{Primary, PrimaryContext};
 use records::Records;
@@ -48,6 +50,7 @@ pub struct Agent {
     primaries: Mutex<BTreeMap<String, Primary>>,
     link: Arc<OnceLock<AgentLink>>,
     welcomed_at: Mutex<Option<Instant>>,
+    inventory: inventory::Shared,
     tracker: &'static str,
 }
 
@@ -95,8 +98,11 @@ pub fn start(
         primaries: Mutex::default(),
         link: Arc::clone(&link),
         welcomed_at: Mutex::default(),
+        inventory: inventory::Shared::default(),
         tracker,
     });
+    let shared = Arc::clone(&agent.inventory);
+    tokio::spawn(inventory::keep(config.clone(), Arc::clone(&agent.libvirt), shared, shutdown.clone()));
     let started = AgentLink::start(options, Arc::clone(&agent), Arc::clone(&agent), shutdown)?;
     let _ = link.set(started.clone());
     tokio::spawn(note_welcome(Arc::clone(&agent), started.connected()));
@@ -149,9 +155,14 @@ impl AgentStatus for Agent {
             seq: 0,
             memory_total_mib,
             memory_free_mib,
+            inventory: None,
             primaries: lock(&self.primaries).values().filter(|p| p.is_running()).map(Primary::status).collect(),
             shadows: self.shadows.statuses(),
         }
+    }
+
+    fn inventory(&self) -> Option<Arc<Inventory>> {
+        lock(&self.inventory).clone()
     }
 }
 

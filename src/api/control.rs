@@ -16,6 +16,7 @@
 //! Commands say what shall be (`Protect`, `AcceptShadow`), not how to get there; repeating one is harmless. Every
 //! command about a guest carries its term: an agent that knows a higher one refuses.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
@@ -122,8 +123,62 @@ pub struct Heartbeat {
     pub seq: u64,
     pub memory_total_mib: u64,
     pub memory_free_mib: u64,
+    /// In the first of a connection, and when it has changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inventory: Option<Inventory>,
     pub primaries: Vec<PrimaryStatus>,
     pub shadows: Vec<ShadowStatus>,
+}
+
+/// What a host is able to do and what it hangs on. What is empty could not be found out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Inventory {
+    pub cpus: u32,
+    /// Name of its processor.
+    pub processor: String,
+    pub numa: Vec<NumaNode>,
+    /// SR-IOV virtual functions.
+    pub vfs: u32,
+    /// `ACCELERATOR/MODEL` and `ARCH/MACHINE` that guests can have here.
+    pub cpu_models: BTreeSet<String>,
+    pub machine_types: BTreeSet<String>,
+    pub labels: BTreeSet<String>,
+    /// Power domain of its rack.
+    pub power: Option<String>,
+    pub bridges: Vec<Bridge>,
+    pub neighbours: Vec<Neighbour>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumaNode {
+    pub node: u32,
+    pub memory_mib: u64,
+    /// As the kernel writes it: `0-7,16-23`.
+    pub cpus: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bridge {
+    pub name: String,
+    pub ports: Vec<String>,
+}
+
+/// A switch that said by LLDP what hangs on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    pub interface: String,
+    pub switch: String,
+    pub port: String,
+}
+
+/// What a guest needs of a host besides memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestNeeds {
+    pub vcpus: u32,
+    pub cpu_model: Option<String>,
+    pub machine_type: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -198,6 +253,9 @@ pub enum Command {
         mirror_mib: u64,
         #[serde(default)]
         consistency: Consistency,
+        /// Kept with the guest's definition; empty: none is.
+        #[serde(default)]
+        policy: String,
         shadows: Vec<ShadowTarget>,
     },
     /// Stop protecting; forget the guest. The guest runs on.
@@ -222,6 +280,8 @@ pub enum Command {
     Witness { addr: SocketAddr, timeout_ms: u64, uuid: Option<String> },
     /// What a shadow's own host knows of it right now; asked before a promotion. -> [`Done::Shadow`]
     ShadowStatus { uuid: String },
+    /// Keep that policy with the definition of a domain, named by name or UUID; empty: keep none. -> [`Done::Described`]
+    SetPolicy { domain: String, policy: String },
     /// -> [`Done::Doctor`]
     Doctor,
 }
@@ -252,6 +312,11 @@ pub enum Done {
         /// Why its output cannot be held.
         #[serde(default)]
         output_refusals: Vec<String>,
+        #[serde(default)]
+        needs: GuestNeeds,
+        /// What is kept with its definition; empty: nothing.
+        #[serde(default)]
+        policy: String,
     },
     Promoted {
         epoch: u64,

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::control::{Command, Done, GuestEvent, GuestRecord, Heartbeat, ToManager};
+use super::control::{Command, Done, GuestEvent, GuestRecord, Heartbeat, Inventory, ToManager};
 use super::types::ApiError;
 use crate::config::Config;
 use crate::transport::{PeerName, Security};
@@ -47,6 +47,10 @@ pub trait AgentStatus: Send + Sync + 'static {
     /// The state right now; `seq` is filled in by the link. Called every heartbeat on the link's thread: must not
     /// block, so copy what other threads have left ready.
     fn heartbeat(&self) -> Heartbeat;
+    /// What this host is able to do, once that has been found out. Called as `heartbeat`.
+    fn inventory(&self) -> Option<Arc<Inventory>> {
+        None
+    }
 }
 
 /// Why a guest must not start on this host, and what to do.

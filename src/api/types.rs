@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 pub struct EnableRequest {
     /// Name or UUID of a running domain.
     pub domain: String,
-    /// How many shadows are wanted.
-    #[serde(default = "default_shadows")]
-    pub shadows: u32,
-    /// Time between cuts, milliseconds.
-    #[serde(default = "default_interval_ms")]
-    pub interval_ms: u64,
+    /// How many shadows are wanted; none: as many as its policy says, else one.
+    #[serde(default)]
+    pub shadows: Option<u32>,
+    /// Time between cuts, milliseconds; none: what its policy says, else 50.
+    #[serde(default)]
+    pub interval_ms: Option<u64>,
     /// Limits of what that may cost; with one, the interval is the shortest and grows as needed.
     #[serde(default)]
     pub budget: Budget,
@@ -32,17 +32,110 @@ pub struct EnableRequest {
     pub host: Option<String>,
 }
 
-pub const DEFAULT_SHADOWS: u32 = 1;
+impl EnableRequest {
+    /// With nothing but defaults.
+    pub fn of(domain: &str) -> Self {
+        Self {
+            domain: domain.into(),
+            shadows: None,
+            interval_ms: None,
+            budget: Budget::default(),
+            mirror_mib: DEFAULT_MIRROR_MIB,
+            consistency: Consistency::default(),
+            on: Vec::new(),
+            host: None,
+        }
+    }
+}
+
 pub const DEFAULT_INTERVAL_MS: u64 = 50;
 pub const DEFAULT_MIRROR_MIB: u64 = placement::guardian::DEFAULT_MIRROR_MIB;
-fn default_shadows() -> u32 {
-    DEFAULT_SHADOWS
-}
 pub(crate) fn default_mirror_mib() -> u64 {
     DEFAULT_MIRROR_MIB
 }
-fn default_interval_ms() -> u64 {
-    DEFAULT_INTERVAL_MS
+
+/// What a guest asks of its shadows: answer of `GET /v1/guests/{domain}/policy`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PolicyView {
+    pub domain: String,
+    pub uuid: String,
+    /// Host that the guest runs on, or is defined on.
+    pub host: String,
+    pub protected: bool,
+    /// TOML, one line for each key that is not as by default; see docs/placement.md.
+    pub policy: String,
+}
+
+/// Sent to `POST /v1/guests/{domain}/policy`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyRequest {
+    /// A whole policy in the place of the one there is; empty: the default.
+    #[serde(default)]
+    pub policy: Option<String>,
+    /// `KEY=VALUE` to change; an empty value takes the key away.
+    #[serde(default)]
+    pub set: Vec<String>,
+}
+
+/// A plan that was made to be looked at: answer of `GET /v1/plan`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlanView {
+    /// How many hosts it is about.
+    pub hosts: u64,
+    pub took_ms: f64,
+    /// Shadows that would leave a host that is up.
+    pub moves: u64,
+    /// Hosts that report, but are not in the topology file.
+    #[serde(default)]
+    pub unknown_hosts: Vec<String>,
+    pub guests: Vec<PlannedGuest>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlannedGuest {
+    pub domain: String,
+    pub uuid: String,
+    pub primary: String,
+    pub shadows: Vec<PlannedShadow>,
+    /// Why it does not get all its shadows, and the nearest remedy; empty if it does.
+    #[serde(default)]
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlannedShadow {
+    /// From 1, in the order of the policy.
+    pub shadow: u64,
+    /// Where it would be; none: nowhere.
+    pub host: Option<String>,
+    /// Where it is, or is wished to be.
+    pub now: Option<String>,
+    /// Of one without a host: hosts by the first reason that bars each. They sum to the number of hosts.
+    #[serde(default)]
+    pub counts: std::collections::BTreeMap<String, u64>,
+    /// The host that is nearest to taking it, and what would have to be done there.
+    #[serde(default)]
+    pub nearest: Option<String>,
+    #[serde(default)]
+    pub remedy: String,
+    /// Of each host why it was taken or not; only if asked for.
+    #[serde(default)]
+    pub verdicts: Vec<HostVerdict>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostVerdict {
+    pub host: String,
+    pub rack: String,
+    /// `chosen`, `possible`, `barred`.
+    pub verdict: String,
+    /// Names of the rules that bar it, in the order in which they are asked.
+    #[serde(default)]
+    pub reasons: Vec<String>,
+    pub text: String,
+    #[serde(default)]
+    pub remedy: String,
 }
 
 /// Sent to `POST /v1/guests/{domain}/promote` and `/switchover`.
@@ -68,6 +161,9 @@ pub struct GuestView {
     pub reason: String,
     pub primary: HostRef,
     pub shadows_wanted: u32,
+    /// What it asks of its shadows, as TOML; empty: nothing but the default.
+    #[serde(default)]
+    pub policy: String,
     pub interval_ms: u64,
     #[serde(default)]
     pub budget: Budget,
@@ -219,6 +315,9 @@ pub struct HostView {
     pub last_seen_ms: u64,
     #[serde(default)]
     pub reason: String,
+    /// What it is able to do and what it hangs on, as its agent found it.
+    #[serde(default)]
+    pub inventory: Option<super::control::Inventory>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use placement::guardian::MIRROR_MIB;
 
-use crate::api::types::{Budget, Consistency, ConsistencyMode, DEFAULT_INTERVAL_MS, OnLoss, Quorum};
+use crate::api::types::{Budget, Consistency, ConsistencyMode, OnLoss, Quorum};
 use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
 
 /// Keeps shadows of running guests on other hosts, ready to go on when their host is lost.
@@ -39,6 +39,8 @@ Examples:
   virt-shadow enable web --shadows 2 --wait 60
   virt-shadow list
   virt-shadow watch web
+  virt-shadow plan web --explain         where its shadows would go, and why not elsewhere
+  virt-shadow policy web --set shadows=2 need=ssd
   virt-shadow switchover web             move it now, losing nothing
   virt-shadow doctor                     what this host can be, and what it lacks
 
@@ -96,6 +98,31 @@ pub enum Command {
     },
     /// Compare all memory and the device state of a domain with its shadows
     Verify(Domain),
+    /// Show or change what a domain asks of its shadows; kept with its definition
+    ///
+    /// Keys: shadows, tiers, apart, latency_us, interval_ms, need, avoid, group, priority.
+    Policy {
+        #[command(flatten)]
+        domain: Domain,
+        /// A file with a whole policy (- for standard input), or a key with its value: shadows=2, apart=rack,room,
+        /// need=ssd; without a value the key goes. May be repeated
+        #[arg(long, value_name = "FILE|KEY=VALUE", num_args = 1.., conflicts_with = "clear")]
+        set: Vec<String>,
+        /// Back to the default: one hot shadow in another rack
+        #[arg(long)]
+        clear: bool,
+    },
+    /// Show where shadows would go, changing nothing: of all protected domains, or of one, protected or not
+    Plan {
+        /// Name or UUID of a domain
+        domain: Option<String>,
+        /// Say of each host why it would be taken or not
+        #[arg(long)]
+        explain: bool,
+        /// As if so many shadows were asked for
+        #[arg(long, value_name = "N", requires = "domain", value_parser = clap::value_parser!(u32).range(1..=8))]
+        shadows: Option<u32>,
+    },
     /// List hosts
     Hosts {
         /// Print names only
@@ -149,13 +176,12 @@ pub struct Domain {
 pub struct Enable {
     /// Name or UUID of a running domain
     pub domain: String,
-    /// How many shadows, each in a rack of its own; default: one, or one per --on
+    /// How many shadows, each in a rack of its own; default: what its policy says, else one, or one per --on
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub shadows: Option<u32>,
-    /// Milliseconds between two cuts; with --budget, the least
-    #[arg(long, value_name = "MS", default_value_t = DEFAULT_INTERVAL_MS,
-          value_parser = clap::value_parser!(u64).range(10..=60_000))]
-    pub interval: u64,
+    /// Milliseconds between two cuts; with --budget, the least. Default: what its policy says, else 50
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub interval: Option<u64>,
     /// What protection may cost; the time between cuts grows as needed, to 2 s at most. One or more of pause=SHARE of the
     /// guest's time (2%), wire=RATE towards each shadow in bits a second (500M), cpu=SHARE of a processor (50%)
     #[arg(long, value_name = "LIMIT,...", value_parser = budget)]
@@ -336,6 +362,10 @@ mod tests {
             "virt-shadow enable web --on-loss shrug",
             "virt-shadow watch --interval 0",
             "virt-shadow list web",
+            "virt-shadow policy",
+            "virt-shadow policy web --set shadows=2 --clear",
+            "virt-shadow plan --shadows 2",
+            "virt-shadow plan web --shadows 9",
             "virt-shadow frobnicate",
             "virt-shadow list --format yaml",
         ] {

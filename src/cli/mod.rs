@@ -20,7 +20,8 @@ use self::args::{Cli, Command, Enable, Format};
 use crate::api::client::{Client, ClientError};
 use crate::api::percent;
 use crate::api::types::{
-    DoctorReport, EnableRequest, EventView, GuestState, GuestView, HostView, MoveReport, MoveRequest, VerifyReport,
+    DoctorReport, EnableRequest, EventView, GuestState, GuestView, HostView, MoveReport, MoveRequest, PlanView,
+    PolicyRequest, PolicyView, VerifyReport,
 };
 
 /// How long one look for new events waits in the daemon, milliseconds.
@@ -103,6 +104,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
             session.moves(&domain.domain, "switchover", MoveRequest { to, force: false }).await?;
         }
         Command::Verify(which) => return session.verify(&which.domain).await,
+        Command::Policy { domain, set, clear } => session.policy(&domain.domain, &set, clear).await?,
+        Command::Plan { domain, explain, shadows } => session.plan(domain.as_deref(), explain, shadows).await?,
         Command::Hosts { name } => session.hosts(name).await?,
         Command::Events { follow, since, domain } => session.events(since, follow, domain.as_deref()).await?,
         Command::Doctor => {
@@ -123,6 +126,15 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `-`: standard input.
+fn read_file(path: &str) -> std::result::Result<String, String> {
+    let read = match path {
+        "-" => std::io::read_to_string(std::io::stdin()),
+        path => std::fs::read_to_string(path),
+    };
+    read.map_err(|error| format!("{path}: {error}"))
 }
 
 /// A daemon, and how to print what it says.
@@ -157,7 +169,6 @@ impl Session {
     async fn enable(&self, wish: Enable) -> Result<()> {
         let consistency = wish.consistency();
         let Enable { domain, shadows, interval, budget, mirror, on, wait, .. } = wish;
-        let shadows = shadows.unwrap_or_else(|| u32::try_from(on.len()).unwrap_or(u32::MAX).max(1));
         let request = EnableRequest {
             domain: domain.clone(),
             shadows,
@@ -234,6 +245,41 @@ impl Session {
             return Ok(());
         }
         self.print(&views, |quiet| show::guests(&views, quiet))
+    }
+
+    async fn policy(&self, domain: &str, set: &[String], clear: bool) -> Result<()> {
+        let path = format!("/v1/guests/{}/policy", percent::encode(domain));
+        if set.is_empty() && !clear {
+            let view: PolicyView =
+                self.client.get(&path).await.failed_to(|| format!("get the policy of domain '{domain}'"))?;
+            return self.print(&view, |_| show::policy(&view));
+        }
+        let what = || format!("set the policy of domain '{domain}'");
+        let mut request = PolicyRequest { policy: clear.then(String::new), set: Vec::new() };
+        for item in set {
+            match item {
+                change if change.contains('=') => request.set.push(change.clone()),
+                _ if request.policy.is_some() => return Err("more than one file").failed_to(what),
+                file => request.policy = Some(read_file(file).failed_to(what)?),
+            }
+        }
+        let view: PolicyView = self.client.post(&path, &request).await.failed_to(what)?;
+        self.print(&view, |quiet| if quiet { String::new() } else { show::policy(&view) })
+    }
+
+    async fn plan(&self, domain: Option<&str>, explain: bool, shadows: Option<u32>) -> Result<()> {
+        let mut path = format!("/v1/plan?explain={}", u8::from(explain));
+        if let Some(domain) = domain {
+            path += &format!("&domain={}", percent::encode(domain));
+        }
+        if let Some(shadows) = shadows {
+            path += &format!("&shadows={shadows}");
+        }
+        let view: PlanView = self.client.get(&path).await.failed_to(|| match domain {
+            Some(domain) => format!("plan the shadows of domain '{domain}'"),
+            None => "plan shadows".into(),
+        })?;
+        self.print(&view, |quiet| show::plan(&view, quiet))
     }
 
     async fn hosts(&self, names: bool) -> Result<()> {

@@ -1,8 +1,10 @@
 //! Views of the REST API as text for people.
 
+use std::collections::BTreeMap;
+
 use crate::api::types::{
-    Budget, Consistency, ConsistencyMode, DoctorReport, EventView, GuestState, GuestView, HostState, HostView,
-    MoveReport, OnLoss, OutputStats, ShadowState, VerifyReport,
+    Budget, Consistency, ConsistencyMode, DoctorReport, EventView, GuestState, GuestView, HostState, HostVerdict,
+    HostView, MoveReport, OnLoss, OutputStats, PlanView, PolicyView, ShadowState, VerifyReport,
 };
 
 use super::table::{Table, bytes, fields, ms, plain, timestamp};
@@ -82,6 +84,13 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         ("Term", guest.term.to_string()),
         ("Memory", bytes(guest.memory_bytes)),
         ("Shadows", format!("{} of {} wanted", guest.shadows.len(), guest.shadows_wanted)),
+        (
+            "Policy",
+            match guest.policy.trim() {
+                "" => "-".into(),
+                text => text.replace('\n', ", "),
+            },
+        ),
         ("Interval", interval(guest)),
         ("Mirror", format!("at most {}", bytes((guest.mirror_mib << 20).min(guest.memory_bytes)))),
         ("Consistency", consistency(guest)),
@@ -207,6 +216,53 @@ pub fn hosts(hosts: &[HostView], quiet: bool) -> String {
     table.render(quiet)
 }
 
+pub fn policy(view: &PolicyView) -> String {
+    match view.policy.trim() {
+        "" => "# the default: one hot shadow in another rack\n".into(),
+        text => text.lines().map(|line| plain(line) + "\n").collect(),
+    }
+}
+
+pub fn plan(view: &PlanView, quiet: bool) -> String {
+    let mut table = Table::new(&["Domain", "Primary", "Shadow", "Host", "Now"]);
+    for guest in &view.guests {
+        for shadow in &guest.shadows {
+            let name = |host: &Option<String>| host.clone().unwrap_or_else(|| "-".into());
+            let number = shadow.shadow.to_string();
+            table.row([guest.domain.clone(), guest.primary.clone(), number, name(&shadow.host), name(&shadow.now)]);
+        }
+    }
+    let mut text = table.render(quiet);
+    for guest in view.guests.iter().filter(|guest| !guest.reason.is_empty()) {
+        text += &plain(&format!("{}: {}", guest.domain, guest.reason));
+        text.push('\n');
+    }
+    for guest in &view.guests {
+        for shadow in guest.shadows.iter().filter(|shadow| !shadow.verdicts.is_empty()) {
+            let mut table = Table::new(&["Host", "Rack", "Verdict", "Why", "What would help"]);
+            for verdict in &shadow.verdicts {
+                let HostVerdict { host, rack, verdict: word, text, remedy, .. } = verdict;
+                table.row([host.clone(), rack.clone(), word.clone(), text.clone(), remedy.clone()]);
+            }
+            let counts = counts(&shadow.verdicts).into_iter().map(|(word, hosts)| format!("{hosts} {word}"));
+            let counts = counts.collect::<Vec<_>>().join(", ");
+            let title = format!("shadow {} of {} ({} hosts: {counts})", shadow.shadow, guest.domain, view.hosts);
+            text += &format!("\n{}\n{}", plain(&title), table.render(quiet));
+        }
+    }
+    text
+}
+
+/// Hosts by verdict, those that are barred by the first rule that does; they sum to all hosts.
+fn counts(verdicts: &[HostVerdict]) -> BTreeMap<&str, u64> {
+    let mut counts = BTreeMap::new();
+    for verdict in verdicts {
+        let word = verdict.reasons.first().unwrap_or(&verdict.verdict);
+        *counts.entry(word.as_str()).or_insert(0) += 1;
+    }
+    counts
+}
+
 pub fn event(event: &EventView) -> String {
     let level = match event.level.as_str() {
         "info" => String::new(),
@@ -283,6 +339,7 @@ pub(super) mod tests {
             reason: "host3: no memory".into(),
             primary: HostRef { host: "host1".into(), rack: "rack1".into() },
             shadows_wanted: 2,
+            policy: String::new(),
             interval_ms: 50,
             budget: Budget::default(),
             mirror_mib: 256,

@@ -1,5 +1,6 @@
 //! One connection to a libvirtd.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virt::connect::Connect;
@@ -7,7 +8,7 @@ use virt::sys;
 
 use super::events::EventSink;
 use super::ffi::{self, Registrations};
-use super::{Domain, HypervisorError, Result};
+use super::{Domain, HypervisorError, Result, xml};
 
 /// Interval of libvirt's keepalive messages, seconds, and how many may go unanswered before the connection counts
 /// as gone. A libvirtd busy for a moment must not look dead; one that hangs must not block us for long.
@@ -103,6 +104,26 @@ impl Hypervisor {
             .define_domain_xml(xml)
             .map_err(|error| HypervisorError::from_virt("define the domain", &error))?;
         Domain::new(domain)
+    }
+
+    /// Machine types that its QEMUs know, as [`xml::machine_types`]; empty if libvirt does not tell.
+    pub fn machine_types(&self) -> BTreeSet<String> {
+        let told = self.connect.capabilities().map_err(|error| error.message().to_owned());
+        let read = told.and_then(|told| xml::machine_types(&told).map_err(|error| error.to_string()));
+        read.unwrap_or_else(|error| {
+            tracing::debug!(uri = self.uri, "libvirt does not tell machine types: {error}");
+            BTreeSet::new()
+        })
+    }
+
+    /// CPU models that guests can have here, as [`xml::cpu_models`]; empty if libvirt does not tell.
+    pub fn cpu_models(&self) -> BTreeSet<String> {
+        // Without KVM there are only those of `qemu`.
+        let told = |kind: &str| {
+            let told = self.connect.domain_capabilities(None, None, None, Some(kind), 0).ok()?;
+            xml::cpu_models(&told, kind).ok()
+        };
+        ["kvm", "qemu"].into_iter().filter_map(told).flatten().collect()
     }
 
     /// libvirt's version as major, minor, release.

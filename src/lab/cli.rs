@@ -60,6 +60,9 @@ enum LabCommand {
         /// Number of racks; hosts are dealt out to them in turn
         #[arg(long, default_value_t = 3, value_name = "M")]
         racks: u8,
+        /// Number of power domains; racks are dealt out to them in turn, and the manager gets a topology file
+        #[arg(long, default_value_t = 0, value_name = "P")]
+        power_domains: u8,
         /// User that libvirt runs QEMU as
         #[arg(long, default_value = "root", value_name = "USER")]
         qemu_user: QemuUser,
@@ -205,13 +208,14 @@ impl Cli {
         let (name, json) = (self.name, self.format == Format::Json);
         let open = || Lab::open(&name);
         match self.command {
-            LabCommand::Up { hosts, racks, qemu_user, plain_tcp, no_daemon } => {
+            LabCommand::Up { hosts, racks, power_domains, qemu_user, plain_tcp, no_daemon } => {
                 let interrupt = watch_interrupt()?;
                 let base = LabOptions::new(&name);
                 let transport = if plain_tcp { Transport::PlainTcp } else { base.transport };
                 let options = LabOptions {
                     hosts,
                     racks,
+                    power_domains,
                     qemu_user,
                     transport,
                     daemons: !no_daemon,

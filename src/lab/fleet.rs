@@ -10,7 +10,7 @@ use super::error::LabError;
 use super::{Lab, MANAGER};
 use crate::api::client::Client;
 use crate::api::types::{
-    Budget, Consistency, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest,
+    Consistency, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest,
     ShadowState, VerifyReport,
 };
 
@@ -91,14 +91,11 @@ impl Fleet {
         consistency: Consistency,
     ) -> Result<GuestView> {
         let request = EnableRequest {
-            domain: domain.into(),
-            shadows,
-            interval_ms: interval.as_millis() as u64,
-            budget: Budget::default(),
-            mirror_mib: crate::api::types::DEFAULT_MIRROR_MIB,
+            shadows: Some(shadows),
+            interval_ms: Some(interval.as_millis() as u64),
             consistency,
-            on: Vec::new(),
             host: Some(host.into()),
+            ..EnableRequest::of(domain)
         };
         self.ask("POST", "/v1/guests", Some(&request))
     }

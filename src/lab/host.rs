@@ -40,6 +40,8 @@ const HOST_DIRS: [(&str, &str); 6] = [
 ];
 /// Guests' consoles go here on every host, so a shadow finds the same path as its primary.
 pub const CONSOLE_DIR: &str = "/var/log/libvirt/console";
+/// The manager's topology file, on its node.
+const TOPOLOGY: &str = "/etc/virt-shadow/topology.toml";
 const CAPABILITIES: &str = "qemu/capabilities";
 
 /// Programs of this project that a lab runs.
@@ -203,6 +205,7 @@ fn write_config(state: &LabState, node: &NodeState, dir: &Path) -> Result<()> {
     let config = Config {
         host: node.name.clone(),
         rack: node.rack.clone(),
+        labels: row(state, node).into_iter().collect(),
         agent: AgentConfig {
             enabled: is_host,
             manager: is_host.then(|| (MANAGER_IP, CONTROL_PORT).into()),
@@ -213,16 +216,43 @@ fn write_config(state: &LabState, node: &NodeState, dir: &Path) -> Result<()> {
         manager: ManagerConfig {
             enabled: !is_host,
             listen: (node.ip, CONTROL_PORT).into(),
+            topology: (!is_host && state.power_domains > 0).then(|| TOPOLOGY.into()),
             ..ManagerConfig::default()
         },
         transport: state.transport,
         tls: pki::config(Path::new("/etc/virt-shadow/pki")),
         ..Config::default()
     };
+    if config.manager.topology.is_some() {
+        write(&dir.join("etc-virt-shadow/topology.toml"), &topology(state))?;
+    }
     let path = dir.join("etc-virt-shadow/virtshadowd.toml");
     let text = toml::to_string(&config)
         .map_err(|e| LabError::Corrupt { path: path.clone(), reason: format!("cannot be written: {e}") })?;
     write(&path, &text)
+}
+
+/// Label of a host: which of its rack it is, from `row1`.
+fn row(state: &LabState, node: &NodeState) -> Option<String> {
+    let of_rack = state.hosts().filter(|host| host.rack == node.rack);
+    let number = of_rack.zip(1..).find(|(host, _)| host.name == node.name)?.1;
+    Some(format!("row{number}"))
+}
+
+/// The site as the manager's file describes it.
+fn topology(state: &LabState) -> String {
+    let mut text = "survive = [\"rack\", \"switch\", \"power\"]\n".to_owned();
+    for power in 1..=state.power_domains {
+        text += &format!("[[power]]\nname = \"feed{power}\"\n");
+    }
+    for (number, rack) in super::raise::rack_names(state.racks).enumerate() {
+        let power = number % usize::from(state.power_domains.max(1)) + 1;
+        text += &format!("[[rack]]\nname = \"{rack}\"\npower = \"feed{power}\"\nlatency_us = 10\n");
+    }
+    for host in state.hosts() {
+        text += &format!("[[host]]\nname = \"{}\"\nrack = \"{}\"\n", host.name, host.rack);
+    }
+    text
 }
 
 /// Plugs a node in and starts its first process. Returns once the node's services are being started.

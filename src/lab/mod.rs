@@ -69,6 +69,9 @@ pub struct LabOptions {
     pub hosts: u8,
     /// Host i (from 1) is in rack (i - 1) % racks + 1.
     pub racks: u8,
+    /// Rack i (from 1) hangs on power domain (i - 1) % power_domains + 1, and the manager has a topology file that says
+    /// so; 0: hosts tell the manager their racks.
+    pub power_domains: u8,
     pub qemu_user: QemuUser,
     /// How its daemons speak with each other; certificates are made in any case.
     pub transport: Transport,
@@ -92,6 +95,7 @@ impl LabOptions {
             name: name.into(),
             hosts: 3,
             racks: 3,
+            power_domains: 0,
             qemu_user: QemuUser::Root,
             transport: Transport::Tls,
             daemons: true,

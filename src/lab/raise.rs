@@ -34,7 +34,8 @@ fn check(options: &LabOptions) -> Result<()> {
         }
     };
     range("hosts", options.hosts, HOSTS_MAX)?;
-    range("racks", options.racks, HOSTS_MAX)
+    range("racks", options.racks, HOSTS_MAX)?;
+    if options.power_domains == 0 { Ok(()) } else { range("power domains", options.power_domains, options.racks) }
 }
 
 pub fn up(options: &LabOptions, programs: &Programs) -> Result<()> {
@@ -65,10 +66,13 @@ pub fn up(options: &LabOptions, programs: &Programs) -> Result<()> {
 /// A lab that is up: checks that it is what was asked for, and starts what crashed.
 fn resume(lock: &LabLock, mut state: LabState, options: &LabOptions, programs: &Programs) -> Result<()> {
     let have = (state.hosts().count() as u8, state.racks, state.qemu_user, state.transport, state.daemons);
-    if have != (options.hosts, options.racks, options.qemu_user, options.transport, options.daemons) {
+    if have != (options.hosts, options.racks, options.qemu_user, options.transport, options.daemons)
+        || state.power_domains != options.power_domains
+    {
         let reason = format!(
-            "is up with other options ({} hosts, {} racks, QEMU as {:?}, {:?}, daemons: {}); take it down first",
-            have.0, have.1, have.2, have.3, have.4
+            "is up with other options ({} hosts, {} racks, {} power domains, QEMU as {:?}, {:?}, daemons: {}); take it \
+             down first",
+            have.0, have.1, state.power_domains, have.2, have.3, have.4
         );
         return Err(LabError::Invalid { what: "lab", value: options.name.clone(), reason });
     }
@@ -105,6 +109,7 @@ fn plan(options: &LabOptions) -> Result<LabState> {
         name: options.name.clone(),
         owner,
         racks: options.racks,
+        power_domains: options.power_domains,
         qemu_user: options.qemu_user,
         transport: options.transport,
         daemons: options.daemons,

@@ -76,6 +76,8 @@ pub struct LabState {
     /// The process that a lab of a test lives and dies with; none for labs made by hand.
     pub owner: Option<ProcessRef>,
     pub racks: u8,
+    #[serde(default)]
+    pub power_domains: u8,
     pub qemu_user: QemuUser,
     pub transport: Transport,
     pub daemons: bool,

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use placement::HostName;
-use placement::guardian::{Guest, Phase, Reply, Request};
+use placement::fleet::{MAX_SHADOWS, Policy};
+use placement::guardian::{Guest, GuestPlan, INTERVAL_MS, Phase, Reply, Request, Wish};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -12,10 +13,13 @@ use tokio::task::JoinSet;
 
 use super::core::State;
 use super::links::CallError;
+use super::planner::Draft;
 use super::{Manager, translate};
-use crate::api::control::{Command, Done};
+use crate::api::control::{Command, Done, GuestNeeds};
 use crate::api::percent;
-use crate::api::types::{ApiError, EnableRequest, GuestState, MoveReport, MoveRequest};
+use crate::api::types::{
+    ApiError, DEFAULT_INTERVAL_MS, EnableRequest, GuestState, MoveReport, MoveRequest, PolicyRequest, PolicyView,
+};
 
 /// Longest wait for new events, milliseconds.
 pub const MAX_WAIT_MS: u64 = 30_000;
@@ -57,12 +61,15 @@ impl Manager {
             ("POST", ["v1", "guests", domain, "promote"]) => self.promote(domain, parse_or_default(body)?).await,
             ("POST", ["v1", "guests", domain, "switchover"]) => self.switch_over(domain, parse_or_default(body)?).await,
             ("POST", ["v1", "guests", domain, "verify"]) => self.verify(domain).await,
+            ("GET", ["v1", "guests", domain, "policy"]) => self.policy(domain, None).await,
+            ("POST", ["v1", "guests", domain, "policy"]) => self.policy(domain, Some(parse(body)?)).await,
+            ("GET", ["v1", "plan"]) => self.plan(query).await,
             ("GET", ["v1", "events"]) => self.events(query).await,
             (
                 _,
-                ["v1", "hosts" | "guests" | "events"]
+                ["v1", "hosts" | "guests" | "events" | "plan"]
                 | ["v1", "guests", _]
-                | ["v1", "guests", _, "promote" | "switchover" | "verify"],
+                | ["v1", "guests", _, "promote" | "switchover" | "verify" | "policy"],
             ) => Err(ApiError::new("method-not-allowed", format!("{method} is not possible on {path}"))),
             _ => Err(ApiError::new("not-found", format!("the API has no {path}"))),
         }
@@ -79,17 +86,30 @@ impl Manager {
     }
 
     async fn enable(&self, request: EnableRequest) -> Result<Value, ApiError> {
-        // Shadows are domains of the same name and UUID, so a guest that is known is looked for where it runs.
-        let known = self.with_guest(&request.domain, |_, guest| guest.plan.clone()).await;
-        let (host, found) = match known {
+        let (host, found) = self.find_domain(&request.domain, request.host.as_deref()).await?;
+        let id = translate::guest_id(&found.uuid);
+        let wish = self.wish(request, host, found)?;
+        self.request(Request::Enable(wish), DISABLE_TIMEOUT).await?;
+        self.with_guest(id.as_str(), |state, guest| to_json(&state.guest_view(guest))).await?
+    }
+
+    /// A domain where it runs. Shadows are domains of the same name and UUID, so one that is known is looked for there
+    /// first, and never on hosts of its shadows.
+    async fn find_domain(&self, domain: &str, here: Option<&str>) -> Result<(HostName, Found), ApiError> {
+        let known = self.with_guest(domain, |_, guest| guest.plan.clone()).await;
+        match known {
             Ok(plan) => match self.describe(&plan.primary, plan.id.as_str()).await {
-                Ok(found) if found.running || plan.phase == Phase::Steady => (plan.primary, found),
-                Err(error) if plan.phase == Phase::Steady => return Err(error),
-                Ok(_) | Err(_) => self.locate(plan.id.as_str(), None, &plan.seats).await?,
+                Ok(found) if found.running || plan.phase == Phase::Steady => Ok((plan.primary, found)),
+                Err(error) if plan.phase == Phase::Steady => Err(error),
+                Ok(_) | Err(_) => self.locate(plan.id.as_str(), None, &plan.seats).await,
             },
-            Err(_) => self.locate(&request.domain, request.host.as_deref(), &BTreeSet::new()).await?,
-        };
-        let Found { uuid, domain, memory_bytes, running, mut refusals, output_refusals } = found;
+            Err(_) => self.locate(domain, here, &BTreeSet::new()).await,
+        }
+    }
+
+    /// What is asked for, with what the guest's policy says of what is not.
+    fn wish(&self, request: EnableRequest, host: HostName, found: Found) -> Result<Wish, ApiError> {
+        let Found { uuid, domain, memory_bytes, running, mut refusals, output_refusals, needs, policy } = found;
         if request.consistency.is_output_commit() {
             refusals.extend(output_refusals);
         }
@@ -102,21 +122,99 @@ impl Manager {
         if !refusals.is_empty() {
             return Err(ApiError::new("refused", format!("domain {domain} on {host}: {}", refusals.join("; "))));
         }
-        let id = translate::guest_id(&uuid);
-        let wish = Request::Enable {
-            guest: id.clone(),
+        let policy = read_policy(&domain, &policy)?;
+        let named = u32::try_from(request.on.len()).unwrap_or(u32::MAX);
+        let shadows = request.shadows.unwrap_or_else(|| (policy.shadows.len() as u32).max(named));
+        if request.shadows.is_none() && shadows == 0 {
+            let how = format!("give their number with --shadows, or change it with `virt-shadow policy {domain}`");
+            return Err(ApiError::new("refused", format!("the policy of domain {domain} asks for no shadows; {how}")));
+        }
+        let bounds = (*INTERVAL_MS.start(), *INTERVAL_MS.end());
+        let by_policy = policy.interval_ms.map(|ms| u64::from(ms).clamp(bounds.0, bounds.1));
+        Ok(Wish {
+            guest: translate::guest_id(&uuid),
             domain,
             host,
             memory_mib: memory_bytes.div_ceil(1 << 20),
-            shadows: request.shadows,
-            interval_ms: request.interval_ms,
+            needs: translate::needs(&needs),
+            policy: policy.resized(shadows.min(MAX_SHADOWS) as usize),
+            shadows,
+            interval_ms: request.interval_ms.or(by_policy).unwrap_or(DEFAULT_INTERVAL_MS),
             budget: request.budget,
             mirror_mib: request.mirror_mib,
             consistency: request.consistency,
             on: request.on.into_iter().map(HostName::from).collect(),
+        })
+    }
+
+    /// Shows what a domain asks of its shadows, after it was changed if there is something to change.
+    async fn policy(&self, domain: &str, change: Option<PolicyRequest>) -> Result<Value, ApiError> {
+        let (host, found) = self.find_domain(domain, None).await?;
+        let id = translate::guest_id(&found.uuid);
+        let known = self.with_guest(id.as_str(), |_, guest| guest.plan.policy.clone()).await.ok();
+        let (protected, domain) = (known.is_some(), found.domain);
+        let mut policy = match (known, &change) {
+            (Some(policy), _) => policy,
+            // What cannot be understood can be replaced.
+            (None, Some(PolicyRequest { policy: Some(_), .. })) => Policy::default(),
+            (None, _) => read_policy(&domain, &found.policy)?,
         };
-        self.request(wish, DISABLE_TIMEOUT).await?;
-        self.with_guest(id.as_str(), |state, guest| to_json(&state.guest_view(guest))).await?
+        if let Some(change) = change {
+            let bad = |error: placement::fleet::FileError| invalid(format!("policy of domain {domain}, {error}"));
+            let bad_key = |error: placement::fleet::FileError| invalid(format!("policy of {domain}: {}", error.reason));
+            if let Some(text) = &change.policy {
+                policy = Policy::parse(text).map_err(bad)?;
+            }
+            policy = policy.changed(&change.set).map_err(bad_key)?;
+            let order = Command::SetPolicy { domain: id.to_string(), policy: policy.to_string() };
+            self.call(&host, order, DESCRIBE_TIMEOUT).await?;
+            if protected {
+                let request = Request::SetPolicy { guest: id.clone(), policy: policy.clone() };
+                self.request(request, DISABLE_TIMEOUT).await?;
+            }
+        }
+        let uuid = id.to_string();
+        to_json(&PolicyView { domain, uuid, host: host.to_string(), protected, policy: policy.to_string() })
+    }
+
+    /// Shows a plan before it is made: for all that is protected, or for one domain, protected or not.
+    async fn plan(&self, query: Option<&str>) -> Result<Value, ApiError> {
+        let [domain, shadows, explain, host] = percent::query(query, ["domain", "shadows", "explain", "host"])
+            .map_err(|key| invalid(format!("plan knows domain, shadows, explain and host, not {key:?}")))?;
+        let explain = match explain.as_deref() {
+            None | Some("0" | "false") => false,
+            Some("" | "1" | "true") => true,
+            Some(other) => return Err(invalid(format!("explain: {other:?} is neither 0 nor 1"))),
+        };
+        let shadows = match shadows.map(|text| text.parse::<u32>().map_err(|_| text)) {
+            None => None,
+            Some(Ok(number)) if (1..=MAX_SHADOWS).contains(&number) => Some(number),
+            Some(_) => return Err(invalid(format!("shadows: has to be a number from 1 to {MAX_SHADOWS}"))),
+        };
+        let Some(domain) = domain else {
+            if shadows.is_some() {
+                return Err(invalid("shadows: of which domain?".into()));
+            }
+            let draft = self.read(|state| Draft::of(state, None)).await?;
+            return to_json(&draft.view(None, explain).await?);
+        };
+        let known = self.with_guest(&domain, |_, guest| guest.plan.clone()).await;
+        let (id, wish) = match known {
+            Ok(plan) => (plan.id.clone(), shadows.map(|shadows| wish_again(plan, shadows))),
+            Err(_) => {
+                let (on, found) = self.find_domain(&domain, host.as_deref()).await?;
+                let request = EnableRequest { shadows, ..EnableRequest::of(&domain) };
+                let wish = self.wish(request, on, found)?;
+                (wish.guest.clone(), Some(wish))
+            }
+        };
+        let draft = self.read(move |state| Draft::of(state, wish)).await?;
+        let view = draft.view(Some(id), explain).await?;
+        if view.guests.is_empty() {
+            let message = format!("guest {domain} is not at rest, or its host is not in the topology file");
+            return Err(ApiError::new("conflict", message));
+        }
+        to_json(&view)
     }
 
     /// The host that `domain` is on: `here`, where it was asked for, or else the only one that has it.
@@ -192,8 +290,8 @@ impl Manager {
 
     async fn describe(&self, host: &HostName, domain: &str) -> Result<Found, ApiError> {
         match self.call(host, Command::Describe { domain: domain.into() }, DESCRIBE_TIMEOUT).await? {
-            Done::Described { uuid, domain, memory_bytes, running, refusals, output_refusals } => {
-                Ok(Found { uuid, domain, memory_bytes, running, refusals, output_refusals })
+            Done::Described { uuid, domain, memory_bytes, running, refusals, output_refusals, needs, policy } => {
+                Ok(Found { uuid, domain, memory_bytes, running, refusals, output_refusals, needs, policy })
             }
             other => Err(strange(host, &other)),
         }
@@ -240,7 +338,7 @@ impl Manager {
                 took_ms: took_us as f64 / 1e3,
                 pause_ms: pause_us.map(|us| us as f64 / 1e3),
             }),
-            Reply::Enabled | Reply::Disabled { .. } => {
+            Reply::Enabled | Reply::PolicySet | Reply::Disabled { .. } => {
                 Err(ApiError::new("failed", "the manager answered another question"))
             }
         }
@@ -289,6 +387,34 @@ struct Found {
     running: bool,
     refusals: Vec<String>,
     output_refusals: Vec<String>,
+    needs: GuestNeeds,
+    policy: String,
+}
+
+/// What is kept with the definition of a domain.
+fn read_policy(domain: &str, text: &str) -> Result<Policy, ApiError> {
+    Policy::parse(text).map_err(|error| {
+        let how = format!("set another one with `virt-shadow policy {domain} --set FILE`, or --clear it");
+        invalid(format!("policy in the metadata of domain {domain}, {error}; {how}"))
+    })
+}
+
+/// The same guest with another number of shadows.
+fn wish_again(plan: GuestPlan, shadows: u32) -> Wish {
+    Wish {
+        guest: plan.id,
+        domain: plan.domain,
+        host: plan.primary,
+        memory_mib: plan.memory_mib,
+        needs: plan.needs,
+        policy: plan.policy.resized(shadows as usize),
+        shadows,
+        interval_ms: plan.interval_ms,
+        budget: plan.budget,
+        mirror_mib: plan.mirror_mib,
+        consistency: plan.consistency,
+        on: Vec::new(),
+    }
 }
 
 fn find<'a>(state: &'a State, key: &str) -> Result<&'a Guest, ApiError> {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use placement::fleet::Topology;
 use placement::guardian::{
     Action, Event, Guardian, Level, Note, Reply, Request, RequestError, RequestId, Save, Settings,
 };
@@ -14,10 +15,11 @@ use placement::{HostName, Moment};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::links::{KnownAddresses, Links};
+use super::planner;
 use super::probe;
 use super::store::{Store, StoreError};
 use super::translate;
-use crate::api::control::{GuestEvent, Heartbeat, ToAgent};
+use crate::api::control::{GuestEvent, Heartbeat, Inventory, ToAgent};
 
 /// Inputs that wait; whoever brings more waits as well.
 pub(super) const MAX_INPUTS: usize = 4096;
@@ -72,6 +74,8 @@ pub(super) struct State {
     /// Last heartbeat of each host, and when it came.
     pub(super) heartbeats: BTreeMap<HostName, (Instant, Heartbeat)>,
     pub(super) about: BTreeMap<HostName, AgentAbout>,
+    /// What each host has told of itself last.
+    pub(super) inventories: BTreeMap<HostName, Inventory>,
     pub(super) now: Moment,
     /// Grows each time the state is read back, so that an outcome is never taken for that of a later order.
     generation: u64,
@@ -80,6 +84,7 @@ pub(super) struct State {
 pub(super) struct Core {
     pub(super) path: PathBuf,
     pub(super) settings: Settings,
+    pub(super) topology: Option<Topology>,
     pub(super) links: Links,
     pub(super) runtime: tokio::runtime::Handle,
     pub(super) inputs: mpsc::WeakSender<(Instant, Input)>,
@@ -92,9 +97,18 @@ impl Core {
     pub(super) fn open(&self, generation: u64) -> Result<State, StoreError> {
         let store = Store::open(&self.path)?;
         let now = Moment::from_us(self.began.elapsed().as_micros() as u64);
-        let guardian = Guardian::resume(self.settings, now, store.hosts()?, store.guests()?, store.forgotten()?);
+        let guardian = Guardian::resume(self.settings, now, store.hosts()?, store.guests()?, store.forgotten()?)
+            .with_topology(self.topology.clone());
         self.newest_event.send_replace(store.newest_event()?);
-        Ok(State { guardian, store, heartbeats: BTreeMap::new(), about: BTreeMap::new(), now, generation })
+        Ok(State {
+            guardian,
+            store,
+            heartbeats: BTreeMap::new(),
+            about: BTreeMap::new(),
+            inventories: BTreeMap::new(),
+            now,
+            generation,
+        })
     }
 
     /// Until it is told to stop, or all senders of `inputs` are gone.
@@ -142,8 +156,11 @@ impl Core {
                 self.step(state, Event::Disconnected { host }, waiting)
             }
             Input::Disconnected { .. } => Ok(()),
-            Input::Heartbeat { host, heartbeat } => {
+            Input::Heartbeat { host, mut heartbeat } => {
                 let report = translate::report(&heartbeat);
+                if let Some(inventory) = heartbeat.inventory.take() {
+                    state.inventories.insert(host.clone(), inventory);
+                }
                 state.heartbeats.insert(host.clone(), (at, heartbeat));
                 self.step(state, Event::Heartbeat { host, report }, waiting)
             }
@@ -205,6 +222,12 @@ impl Core {
                 self.runtime.spawn(async move {
                     let answered = probe::answers(addr, Duration::from_millis(timeout_ms)).await;
                     send(&inputs, generation, Event::Probed { host, answered }).await;
+                });
+            }
+            Action::Plan { number, question } => {
+                self.runtime.spawn(async move {
+                    let result = planner::answer(*question).await;
+                    send(&inputs, generation, Event::Planned { number, result }).await;
                 });
             }
             Action::Order { token, host, order, timeout_ms } => {

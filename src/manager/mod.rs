@@ -6,9 +6,10 @@
 //! REST calls ---------------+     Guardian::step     +--> answers
 //! ```
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use placement::fleet::{FileError, Topology};
 use placement::guardian::{Reply, Request, Settings};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -17,6 +18,7 @@ use tokio::time::MissedTickBehavior;
 pub mod api;
 mod core;
 mod links;
+mod planner;
 mod probe;
 mod session;
 mod store;
@@ -44,6 +46,10 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error("manager's thread: {0}")]
     Thread(std::io::Error),
+    #[error("topology file {path}: {source}")]
+    Topology { path: PathBuf, source: std::io::Error },
+    #[error("topology file {path}, {error}")]
+    BadTopology { path: PathBuf, error: FileError },
 }
 
 /// What a manager is started with.
@@ -53,6 +59,8 @@ pub struct Options {
     pub database: PathBuf,
     pub heartbeat_ms: u64,
     pub settings: Settings,
+    /// Of the site; none: hosts tell their racks.
+    pub topology: Option<PathBuf>,
     pub security: Security,
 }
 
@@ -66,8 +74,10 @@ impl Options {
             settings: Settings {
                 suspect_ms: manager.suspect_ms,
                 confirm_ms: manager.confirm_ms,
+                cpu_overcommit: manager.cpu_overcommit,
                 ..Settings::default()
             },
+            topology: manager.topology.clone(),
             security,
         }
     }
@@ -88,6 +98,7 @@ pub struct Manager {
 impl Manager {
     /// Opens the database, listens for agents and goes on where the last manager ended. Ends with `shutdown`.
     pub async fn start(options: Options, shutdown: watch::Receiver<bool>) -> Result<Self, StartError> {
+        let topology = options.topology.as_deref().map(read_topology).transpose()?;
         let listen_error = |source| StartError::Listen { addr: options.listen, source };
         let listener = TcpListener::bind(options.listen).await.map_err(listen_error)?;
         let listens = listener.local_addr().map_err(listen_error)?;
@@ -97,6 +108,7 @@ impl Manager {
         let core = Core {
             path: options.database,
             settings: options.settings,
+            topology,
             links: links.clone(),
             runtime: tokio::runtime::Handle::current(),
             inputs: inputs.downgrade(),
@@ -171,6 +183,11 @@ impl Manager {
             )),
         }
     }
+}
+
+fn read_topology(path: &Path) -> Result<Topology, StartError> {
+    let text = std::fs::read_to_string(path).map_err(|source| StartError::Topology { path: path.into(), source })?;
+    Topology::parse(&text).map_err(|error| StartError::BadTopology { path: path.into(), error })
 }
 
 fn gone() -> ApiError {

@@ -3,12 +3,15 @@
 use std::net::{IpAddr, SocketAddr};
 
 use placement::guardian::{
-    Answer, Event, HostReport, Order, Outcome, PeerReport, PrimaryReport, Record, RequestError, ShadowReport,
+    Abilities, Answer, Event, HostReport, Needs, Order, Outcome, PeerReport, PrimaryReport, Record, RequestError,
+    ShadowReport,
 };
 use placement::{Epoch, GuestId, HostName, Term};
 
 use super::links::CallError;
-use crate::api::control::{Command, Done, GuestEvent, GuestRecord, Heartbeat, Role, ShadowStatus, ShadowTarget};
+use crate::api::control::{
+    Command, Done, GuestEvent, GuestNeeds, GuestRecord, Heartbeat, Inventory, Role, ShadowStatus, ShadowTarget,
+};
 use crate::api::types::{ApiError, ShadowState};
 
 pub(super) fn record(record: &GuestRecord) -> Record {
@@ -41,15 +44,40 @@ pub(super) fn report(heartbeat: &Heartbeat) -> HostReport {
             .iter()
             .map(|peer| {
                 let following = peer.state == ShadowState::Following;
-                (HostName::from(&*peer.host), PeerReport { committed: Epoch(peer.committed_epoch), following })
+                let kbit_per_s = peer.wire_bytes_per_s.saturating_mul(8) / 1000;
+                let report = PeerReport { committed: Epoch(peer.committed_epoch), following, kbit_per_s };
+                (HostName::from(&*peer.host), report)
             })
             .collect(),
     };
     HostReport {
         memory_total_mib: heartbeat.memory_total_mib,
         memory_free_mib: heartbeat.memory_free_mib,
+        abilities: heartbeat.inventory.as_ref().map(abilities),
         primaries: heartbeat.primaries.iter().map(|status| (guest_id(&status.uuid), primary(status))).collect(),
         shadows: heartbeat.shadows.iter().map(|status| (guest_id(&status.uuid), shadow(status))).collect(),
+    }
+}
+
+fn abilities(inventory: &Inventory) -> Abilities {
+    Abilities {
+        cpus: inventory.cpus,
+        vfs: Some(inventory.vfs),
+        cpu_models: inventory.cpu_models.clone(),
+        machine_types: inventory.machine_types.clone(),
+        labels: inventory.labels.clone(),
+        power: inventory.power.clone(),
+        switch: crate::agent::only_switch(&inventory.neighbours),
+    }
+}
+
+pub(super) fn needs(needs: &GuestNeeds) -> Needs {
+    Needs {
+        vcpus: needs.vcpus,
+        // A guest with a VF cannot be captured, so none needs any.
+        vfs: 0,
+        cpu_model: needs.cpu_model.clone(),
+        machine_type: needs.machine_type.clone(),
     }
 }
 
@@ -113,7 +141,7 @@ pub(super) fn command(order: &Order, to: &HostName, addresses: &impl Addresses) 
             Command::AcceptShadow { uuid: guest.to_string(), domain, term: term.0, primary: primary.to_string() }
         }
         Order::DropShadow { guest } => Command::DropShadow { uuid: guest.to_string() },
-        Order::Protect { guest, domain, term, interval_ms, budget, mirror_mib, consistency, shadows } => {
+        Order::Protect { guest, domain, term, interval_ms, budget, mirror_mib, consistency, policy, shadows } => {
             Command::Protect {
                 uuid: guest.to_string(),
                 domain,
@@ -122,6 +150,7 @@ pub(super) fn command(order: &Order, to: &HostName, addresses: &impl Addresses) 
                 budget,
                 mirror_mib,
                 consistency,
+                policy,
                 shadows: shadows
                     .iter()
                     .map(|host| Ok(ShadowTarget { host: host.to_string(), addr: target(host)? }))

@@ -37,6 +37,7 @@ impl State {
             shadows: count(self.guardian.guests().filter(|guest| guest.plan.seats.contains(name)).count()),
             last_seen_ms: self.now.ms_since(host.last_seen),
             reason,
+            inventory: self.inventories.get(name).cloned(),
         }
     }
 
@@ -60,6 +61,7 @@ impl State {
             reason: if reason.is_empty() { why } else { reason },
             primary: self.host_ref(&plan.primary),
             shadows_wanted: plan.shadows_wanted,
+            policy: plan.policy.to_string(),
             interval_ms: plan.interval_ms,
             budget: plan.budget,
             mirror_mib: plan.mirror_mib,

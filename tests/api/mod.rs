@@ -13,7 +13,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 use virt_shadow::api::client::Client;
 use virt_shadow::api::control::{
-    Command, Done, GuestEvent, GuestRecord, Heartbeat, PeerStatus, PrimaryStatus, Role, ShadowStatus,
+    Command, Done, GuestEvent, GuestNeeds, GuestRecord, Heartbeat, Inventory, PeerStatus, PrimaryStatus, Role,
+    ShadowStatus,
 };
 use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions, StartRefusal};
 use virt_shadow::api::server::{self, Backend};
@@ -40,9 +41,17 @@ impl Daemon {
     pub async fn start_as(dir: &Path, control: SocketAddr, security: Security) -> Self {
         std::fs::create_dir_all(dir).unwrap();
         let (stop, shutdown) = watch::channel(false);
-        let settings = Settings { suspect_ms: 300, confirm_ms: 150, replace_after_ms: 2_000, explain_ms: 300 };
-        let options =
-            Options { listen: control, database: dir.join("manager.sqlite"), heartbeat_ms: 50, settings, security };
+        let settings = Settings {
+            suspect_ms: 300,
+            confirm_ms: 150,
+            replace_after_ms: 2_000,
+            explain_ms: 300,
+            ..Settings::default()
+        };
+        let file = dir.join("topology.toml");
+        let topology = file.exists().then_some(file);
+        let database = dir.join("manager.sqlite");
+        let options = Options { listen: control, database, heartbeat_ms: 50, settings, topology, security };
         let began = Instant::now();
         let manager = loop {
             // The last one may not have let go of the file yet.
@@ -112,6 +121,10 @@ pub struct Table {
     /// Names of domains that it would describe, with what stands against protecting them.
     pub domains: BTreeMap<String, Vec<String>>,
     pub targets: Vec<String>,
+    /// Kept with the definition of `web`, and what that needs.
+    pub policy: String,
+    pub needs: GuestNeeds,
+    pub inventory: Option<Arc<Inventory>>,
     pub committed: u64,
     pub commands: Vec<Command>,
     /// Hosts that do not answer it as a witness.
@@ -247,6 +260,9 @@ impl AgentStatus for FakeAgent {
         };
         table.roles.iter().map(record).collect()
     }
+    fn inventory(&self) -> Option<Arc<Inventory>> {
+        self.table().inventory.clone()
+    }
     fn heartbeat(&self) -> Heartbeat {
         let table = self.table();
         let mut heartbeat = Heartbeat { seq: 0, memory_total_mib: 8192, memory_free_mib: 4096, ..Heartbeat::default() };
@@ -323,9 +339,16 @@ impl FakeAgent {
                     running,
                     refusals,
                     output_refusals: Vec::new(),
+                    needs: table.needs.clone(),
+                    policy: table.policy.clone(),
                 })
             }
-            Command::Protect { uuid, term, shadows, .. } => {
+            Command::SetPolicy { policy, .. } => {
+                table.policy = policy;
+                Ok(Done::Nothing)
+            }
+            Command::Protect { uuid, term, shadows, policy, .. } => {
+                table.policy = policy;
                 table.targets = shadows.iter().map(|target| target.host.clone()).collect();
                 table.roles.insert(uuid, (Role::Primary, term));
                 Ok(Done::Nothing)

@@ -224,6 +224,7 @@ fn guests(instance: &mut Instance, dimensions: [i64; 5], shape: &Shape, rng: &mu
             need,
             avoid,
             group: -1,
+            barred: Vec::new(),
             copies,
         });
     }

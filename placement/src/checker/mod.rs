@@ -199,7 +199,7 @@ pub fn site_rule(instance: &Instance, vm: &Guest, copy: &Copy, host: usize) -> O
         Some("drain")
     } else if there.generation < vm.generation {
         Some("gen")
-    } else if there.labels & vm.need != vm.need || there.labels & vm.avoid != 0 {
+    } else if there.labels & vm.need != vm.need || there.labels & vm.avoid != 0 || vm.barred.contains(&host) {
         Some("label")
     } else if fail_together(instance, host, vm.primary) {
         Some("domain")

@@ -18,7 +18,7 @@ mod translate;
 mod tests;
 
 pub use document::FileError;
-pub use facts::{Capacity, GuestFacts, HostFacts};
-pub use plan::{FleetError, FleetPlan, FleetRefusal, Move, Placement, plan};
-pub use policy::{Policy, ShadowPolicy, Tier};
-pub use topology::Topology;
+pub use facts::{Capacity, GuestFacts, HostFacts, SHADOW_OVERHEAD_MIB};
+pub use plan::{FleetError, FleetPlan, FleetRefusal, Move, Placement, Question, plan};
+pub use policy::{MAX_SHADOWS, Policy, ShadowPolicy, Tier};
+pub use topology::{HostLabels, Topology};

@@ -55,6 +55,21 @@ pub struct FleetRefusal {
     pub nearest: Option<(HostName, Vec<Objection>)>,
 }
 
+/// All that a plan depends on, to be answered elsewhere and later: it holds no reference to anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    pub topology: Topology,
+    pub hosts: Vec<HostFacts>,
+    pub guests: Vec<GuestFacts>,
+    pub options: Options,
+}
+
+impl Question {
+    pub fn answer(&self, workers: &dyn Workers) -> Result<FleetPlan, FleetError> {
+        plan(&self.topology, &self.hosts, &self.guests, &self.options, workers)
+    }
+}
+
 /// Why there is no plan at all.
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
@@ -62,15 +77,16 @@ pub enum FleetError {
     UnknownPrimary { guest: GuestId, host: HostName },
     #[error("guest {guest} is there twice")]
     SameGuest { guest: GuestId },
-    #[error(
-        "{count} different labels, machine types, CPU models and refusals are asked for at once; at most 64 can be"
-    )]
+    #[error("{count} different labels, machine types and CPU models are asked for at once; at most 64 can be")]
     TooManyConditions { count: usize },
     #[error("{0}")]
     Instance(#[from] InstanceError),
     /// An alarm: planner and checker disagree.
     #[error("the checker refused the plan, so it is not used; please report this: {}", examples.join("; "))]
     Refused { examples: Vec<String> },
+    /// An alarm: it ended without an answer.
+    #[error("the planner broke down; please report this: {what}")]
+    Broken { what: String },
 }
 
 /// Hosts for all shadows of `guests`. Those that stand somewhere stay there if they may; `options` says whether they may
@@ -89,11 +105,7 @@ pub fn plan(
     let instance = translate::instance(topology, hosts, guests)?;
     instance.validate()?;
     let outcome = solver::solve(&instance, options, workers, &mut |_| ());
-    let refused = |examples| FleetError::Refused { examples };
-    let report = checker::check(&instance, &outcome.plan).map_err(|error| refused(vec![error.to_string()]))?;
-    if !report.is_feasible() {
-        return Err(refused(report.examples));
-    }
+    verify(&instance, &outcome.plan)?;
     let names: Vec<HostName> = topology.hosts().cloned().collect();
     let name = |host: i64| usize::try_from(host).ok().map(|host| names[host].clone());
     let placements: Vec<Placement> = guests
@@ -123,6 +135,13 @@ pub fn plan(
     })
 }
 
+/// The one way from a plan to its use: the checker, which shares no code with the planner, finds no fault.
+pub(super) fn verify(instance: &Instance, plan: &Plan) -> Result<(), FleetError> {
+    let refused = |examples| FleetError::Refused { examples };
+    let report = checker::check(instance, plan).map_err(|error| refused(vec![error.to_string()]))?;
+    if report.is_feasible() { Ok(()) } else { Err(refused(report.examples)) }
+}
+
 fn moves(guests: &[GuestFacts], hosts: &[HostFacts], placements: &[Placement]) -> Vec<Move> {
     let up: BTreeSet<&HostName> =
         hosts.iter().filter(|host| host.state != crate::instance::HostState::Down).map(|host| &host.name).collect();
@@ -141,6 +160,11 @@ impl FleetPlan {
     /// Hosts of a guest's shadows.
     pub fn hosts_of(&self, guest: &GuestId) -> Option<&[Option<HostName>]> {
         self.placements.iter().find(|placement| placement.guest == *guest).map(|placement| &placement.hosts[..])
+    }
+
+    /// Hosts that the plan is about.
+    pub fn hosts(&self) -> &[HostName] {
+        &self.hosts
     }
 
     /// Of every host why it was taken for a shadow or why not, as things are with this plan; by name. None: no such

@@ -252,3 +252,67 @@ fn room_is_kept_for_promotions_and_shared_by_guests_that_do_not_fail_together() 
     assert_eq!(refused(&[warm("a", "h0"), warm("b", "h1")]), 0);
     assert_eq!(refused(&[warm("a", "h0"), warm("b", "h0")]), 1);
 }
+
+#[test]
+fn a_plan_that_breaks_a_rule_is_not_let_through() {
+    let guests = [guest("g1", "a1", ""), guest("g2", "b1", "")];
+    let topology = Topology::parse(SITE).unwrap();
+    let instance = super::translate::instance(&topology, &hosts(), &guests).unwrap();
+    let place = |one: i64, two: i64| crate::instance::Plan { place: vec![vec![one], vec![two]], ..Default::default() };
+    super::plan::verify(&instance, &place(2, 0)).unwrap();
+    for (one, two, rule) in [(1, 0, "domain"), (2, 3, "domain"), (2, 9, "host")] {
+        let refused = super::plan::verify(&instance, &place(one, two)).unwrap_err();
+        assert!(matches!(&refused, FleetError::Refused { examples } if examples[0].contains(rule)), "{refused}");
+    }
+}
+
+#[test]
+fn a_policy_is_changed_key_by_key_and_written_as_it_was_read() {
+    let empty = Policy::default();
+    assert_eq!(empty.to_string(), "");
+    let policy =
+        empty.changed(&["shadows=2", "apart=rack,room", "need=ssd", "group=web \"1\"", "latency_us=200"]).unwrap();
+    let text =
+        "shadows = 2\napart = [\"rack\", \"room\"]\nlatency_us = 200\nneed = \"ssd\"\ngroup = \"web \\\"1\\\"\"\n";
+    assert_eq!(policy.to_string(), text);
+    assert_eq!(Policy::parse(text).unwrap(), policy);
+    assert_eq!(serde_json::from_str::<Policy>(&serde_json::to_string(&policy).unwrap()).unwrap(), policy);
+    // A list for two shadows says nothing of three.
+    let more = policy.changed(&["shadows=3", "need="]).unwrap();
+    assert_eq!(more.to_string(), "shadows = 3\nlatency_us = 200\ngroup = \"web \\\"1\\\"\"\n");
+    assert_eq!(policy.resized(1).shadows, policy.shadows[..1]);
+    for (change, reason) in [
+        ("shadows", "not KEY=VALUE"),
+        ("colour=red", "no such key"),
+        ("shadows=many", "has to be a whole number"),
+        ("shadows=9", "outside 0 to 8"),
+        ("tiers=[\"hot\"", "tiers=[\"hot\""),
+        ("apart=rack,room,region", "3 given for 2 shadows"),
+        ("avoid=ssd", "needed and avoided"),
+    ] {
+        let error = policy.changed(&[change]).unwrap_err();
+        assert!(error.reason.contains(reason), "{change}: {error}");
+    }
+}
+
+#[test]
+fn hosts_tell_their_racks_switches_and_feeds() {
+    let host = |name: &str, rack: &str, power: Option<&str>, switch: Option<&str>| HostLabels {
+        host: name.into(),
+        rack: rack.into(),
+        power: power.map(Into::into),
+        switch: switch.map(Into::into),
+    };
+    let site = Topology::from_labels([
+        host("a", "r1", Some("feed"), None),
+        host("b", "r2", None, Some("leaf")),
+        host("c", "r3", Some("feed"), Some("leaf")),
+        host("d", "r4", None, None),
+    ]);
+    let facts: Vec<HostFacts> = ["a", "b", "c", "d"]
+        .map(|name| HostFacts::with_memory(name.into(), Capacity { total: 65_536, free: 16_384 }))
+        .to_vec();
+    let guest = GuestFacts::with_memory("g".into(), "c".into(), 1_024, Policy::default());
+    let plan = plan(&site, &facts, &[guest], &Options::default(), &OneByOne).unwrap();
+    assert_eq!(names(&plan, "g"), ["d"], "a is on its feed, b on its switch");
+}

@@ -75,6 +75,16 @@ pub(super) struct Link {
     pub(super) out_mbit: i64,
 }
 
+/// Where a host is, as it tells itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostLabels {
+    pub host: HostName,
+    pub rack: String,
+    /// Power domain and switch of its rack.
+    pub power: Option<String>,
+    pub switch: Option<String>,
+}
+
 const UNLIMITED: Link = Link { latency_us: 0, in_mbit: MAX_AMOUNT, out_mbit: MAX_AMOUNT };
 /// Longest latency of one link: 10 s.
 const MAX_LATENCY_US: i64 = 10_000_000;
@@ -151,25 +161,45 @@ impl Topology {
         Ok(())
     }
 
-    /// A site of which nothing is known but the rack of each host, as their agents tell it: one room, and every rack
-    /// has a switch and a power domain of its own.
+    /// A site of which nothing is known but the rack of each host: one room, and every rack has a switch and a power
+    /// domain of its own.
     pub fn from_racks(hosts: impl IntoIterator<Item = (HostName, String)>) -> Self {
+        Self::from_labels(hosts.into_iter().map(|(host, rack)| HostLabels { host, rack, power: None, switch: None }))
+    }
+
+    /// A site as its hosts tell it themselves: one room. A rack hangs on the switch and the power domain that its first
+    /// host names, else on its own.
+    pub fn from_labels(hosts: impl IntoIterator<Item = HostLabels>) -> Self {
         let mut topology = Self {
-            survive: vec![Level::Rack],
+            survive: vec![Level::Rack, Level::Switch],
             regions: vec![Area { name: "region".into(), within: 0, link: UNLIMITED }],
             rooms: vec![Area { name: "room".into(), within: 0, link: UNLIMITED }],
             racks: Vec::new(),
             hosts: BTreeMap::new(),
         };
-        let mut numbers = BTreeMap::new();
-        for (host, rack) in hosts {
-            let number = *numbers.entry(rack.clone()).or_insert_with(|| {
-                let number = topology.racks.len();
-                let own = number as u32;
-                topology.racks.push(RackSite { name: rack, room: 0, switch: own, power: own, link: UNLIMITED });
-                number
-            });
-            topology.hosts.insert(host, HostSite { rack: number, labels: BTreeSet::new(), link: UNLIMITED });
+        let hosts: BTreeMap<HostName, HostLabels> = hosts.into_iter().map(|host| (host.host.clone(), host)).collect();
+        let mut racks: BTreeMap<&String, [Option<&String>; 2]> = BTreeMap::new();
+        for host in hosts.values() {
+            let [power, switch] = racks.entry(&host.rack).or_default();
+            *power = power.or(host.power.as_ref());
+            *switch = switch.or(host.switch.as_ref());
+        }
+        let mut numbers: [BTreeMap<&String, u32>; 2] = Default::default();
+        for (number, (rack, names)) in racks.iter().enumerate() {
+            // Those with names come after one of its own for each rack.
+            let mut shared = |kind: usize| match names[kind] {
+                None => number as u32,
+                Some(name) => {
+                    let next = (racks.len() + numbers[kind].len()) as u32;
+                    *numbers[kind].entry(name).or_insert(next)
+                }
+            };
+            let (power, switch) = (shared(0), shared(1));
+            topology.racks.push(RackSite { name: (*rack).clone(), room: 0, switch, power, link: UNLIMITED });
+        }
+        for (name, host) in &hosts {
+            let rack = racks.keys().position(|rack| **rack == host.rack).unwrap_or_default();
+            topology.hosts.insert(name.clone(), HostSite { rack, labels: BTreeSet::new(), link: UNLIMITED });
         }
         topology
     }
@@ -177,6 +207,10 @@ impl Topology {
     /// All hosts, by name.
     pub fn hosts(&self) -> impl Iterator<Item = &HostName> {
         self.hosts.keys()
+    }
+
+    pub fn knows(&self, host: &HostName) -> bool {
+        self.hosts.contains_key(host)
     }
 
     /// The rack of a host.

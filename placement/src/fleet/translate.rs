@@ -1,15 +1,14 @@
 //! Names to numbers: a fleet as an instance of the planner's format.
 //!
-//! Whatever a guest asks of a host beyond room and place (labels, machine type, CPU model, hosts that refused it) becomes
-//! a bit of the instance's label masks; only what some guest asks for takes one.
+//! Whatever a guest asks of a host beyond room and place (labels, machine type, CPU model) becomes a bit of the instance's
+//! label masks; only what some guest asks for takes one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::facts::{Capacity, GuestFacts, HostFacts};
+use super::facts::{Capacity, GuestFacts, HostFacts, SHADOW_OVERHEAD_MIB};
 use super::plan::FleetError;
 use super::topology::Topology;
 use crate::instance::{Copy, FORMAT, Guest, Host, HostState, Instance, MAX_AMOUNT, Params, Rack, Region, Room};
-use crate::topology::SHADOW_OVERHEAD_MIB;
 use crate::units::HostName;
 
 /// Price of a MiB on every host, as in [`Params::standard`].
@@ -20,8 +19,6 @@ enum Condition {
     Label(String),
     CpuModel(String),
     MachineType(String),
-    /// It is one of these.
-    Among(BTreeSet<HostName>),
 }
 
 impl Condition {
@@ -30,10 +27,12 @@ impl Condition {
             facts.is_some_and(|facts| models(facts).is_empty() || models(facts).contains(model))
         };
         match self {
-            Self::Label(label) => topology.hosts.get(name).is_some_and(|site| site.labels.contains(label)),
+            Self::Label(label) => {
+                topology.hosts.get(name).is_some_and(|site| site.labels.contains(label))
+                    || facts.is_some_and(|facts| facts.labels.contains(label))
+            }
             Self::CpuModel(model) => usable(|facts| &facts.cpu_models, model),
             Self::MachineType(machine) => usable(|facts| &facts.machine_types, machine),
-            Self::Among(hosts) => hosts.contains(name),
         }
     }
 }
@@ -44,11 +43,7 @@ fn conditions(guest: &GuestFacts) -> (Vec<Condition>, Vec<Condition>) {
     let mut need: Vec<Condition> = policy.need.iter().cloned().map(Condition::Label).collect();
     need.extend(guest.cpu_model.clone().map(Condition::CpuModel));
     need.extend(guest.machine_type.clone().map(Condition::MachineType));
-    let mut avoid: Vec<Condition> = policy.avoid.iter().cloned().map(Condition::Label).collect();
-    if !guest.excluded.is_empty() {
-        avoid.push(Condition::Among(guest.excluded.clone()));
-    }
-    (need, avoid)
+    (need, policy.avoid.iter().cloned().map(Condition::Label).collect())
 }
 
 /// The instance, its hosts in the order of `topology.hosts`, its guests in that of `guests`.
@@ -163,12 +158,13 @@ fn translate_guest(
     Ok(Guest {
         primary: number(&guest.primary).ok_or_else(unknown)?,
         cpu_milli: guest.cpu_milli.clamp(0, MAX_AMOUNT),
-        memory_mib: guest.memory_mib.saturating_add(SHADOW_OVERHEAD_MIB as i64).clamp(0, MAX_AMOUNT),
+        memory_mib: guest.memory_mib.saturating_add(SHADOW_OVERHEAD_MIB).clamp(0, MAX_AMOUNT),
         vfs: guest.vfs.clamp(0, MAX_AMOUNT),
         weight: i64::from(guest.policy.priority),
         generation: 0,
         need: mask(need),
         avoid: mask(avoid),
+        barred: guest.excluded.iter().filter_map(number).collect(),
         group,
         copies: guest.policy.shadows.iter().enumerate().map(copy).collect(),
     })

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::model::{Guest, Health, Host};
+use super::model::{Guest, Host};
 use super::{Action, Level, Note, Order, Outcome, Ready, Reply, RequestError, RequestId, Save, Settings, Token};
-use crate::topology::{Availability, HostFacts, SHADOW_OVERHEAD_MIB};
 use crate::units::{GuestId, HostName, Moment};
 
 /// Orders whose outcome is awaited.
@@ -45,8 +44,6 @@ pub(super) struct Context<'a> {
     pub(super) now: Moment,
     pub(super) settings: &'a Settings,
     pub(super) hosts: &'a mut BTreeMap<HostName, Host>,
-    /// All guests but the one at hand.
-    pub(super) others: &'a BTreeMap<GuestId, Guest>,
     pub(super) orders: &'a mut Orders,
     pub(super) ready: &'a mut Ready,
 }
@@ -105,42 +102,5 @@ impl Context<'_> {
             message: message.into(),
             figures,
         }));
-    }
-
-    /// All hosts as the choice of shadows for `guest` sees them.
-    pub(super) fn facts(&self, guest: Option<&Guest>) -> Vec<HostFacts> {
-        self.hosts.values().map(|host| self.facts_of(host, guest)).collect()
-    }
-
-    fn facts_of(&self, host: &Host, guest: Option<&Guest>) -> HostFacts {
-        let name = &host.intro.name;
-        let excluded = guest.and_then(|guest| {
-            if guest.plan.former.get(name).is_some_and(|leave| *leave != super::Leave::Retired) {
-                return Some("has not given up its former copy yet".to_owned());
-            }
-            let (until, reason) = guest.live.excluded.get(name)?;
-            (self.now < *until).then(|| reason.clone())
-        });
-        HostFacts {
-            name: name.clone(),
-            rack: host.intro.rack.clone(),
-            availability: match host.health {
-                Health::Up if host.connected => Availability::Up,
-                Health::Down { .. } => Availability::Down,
-                _ => Availability::Silent,
-            },
-            memory_free_mib: host.report.memory_free_mib.saturating_sub(self.promised_mib(host)),
-            excluded,
-        }
-    }
-
-    /// Memory of shadows that have a seat on `host` but may not have taken it yet.
-    fn promised_mib(&self, host: &Host) -> u64 {
-        let fills = |guest: &&Guest| {
-            guest.plan.seats.contains(&host.intro.name)
-                && host.report.shadows.get(&guest.plan.id).is_none_or(|shadow| shadow.committed.0 == 0)
-        };
-        let needs = |guest: &Guest| guest.plan.memory_mib.saturating_add(SHADOW_OVERHEAD_MIB);
-        self.others.values().filter(fills).map(needs).fold(0, u64::saturating_add)
     }
 }

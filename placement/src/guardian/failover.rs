@@ -281,10 +281,8 @@ pub(super) fn finish(guest: &mut Guest, cx: &mut Context<'_>, to: &HostName, epo
         Phase::FailingOver(failover) => failover.last_epoch,
         _ => epoch,
     };
-    if planned && from != *to {
-        // It is the natural home of the next shadow, once it has given up its own copy.
-        plan.seats.insert(from.clone());
-    }
+    // It is the natural home of the next shadow, once it has given up its own copy.
+    plan.home = (planned && from != *to).then(|| from.clone());
     plan.phase = Phase::Steady;
     let epochs_lost = last_epoch.0.saturating_sub(epoch.0);
     let took_us = cx.now.us_since(guest.live.decided);

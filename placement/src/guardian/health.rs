@@ -59,6 +59,10 @@ impl Guardian {
 
     pub(super) fn heartbeat(&mut self, now: Moment, name: &HostName, report: HostReport, ready: &mut Ready) {
         let Some(host) = self.hosts.get_mut(name) else { return };
+        let mut report = report;
+        if let Some(abilities) = report.abilities.take() {
+            host.abilities = abilities;
+        }
         host.report = report;
         self.seen(now, name, ready);
         let concerned = |guest: &Guest| guest.plan.primary == *name || guest.plan.seats.contains(name);

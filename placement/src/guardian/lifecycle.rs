@@ -205,6 +205,13 @@ pub(super) fn reported(guest: &mut Guest, cx: &mut Context<'_>, host: &HostName)
         if let Some(own) = own.filter(|own| own.memory_mib > 0) {
             guest.plan.memory_mib = own.memory_mib;
         }
+        if let Some(own) = own {
+            let following = own.peers.values().filter(|peer| peer.following);
+            let now_kbit = following.map(|peer| peer.kbit_per_s).max().unwrap_or(0);
+            // At five reports a second it is halved in an hour.
+            let kept_kbit = guest.live.stream_kbit - guest.live.stream_kbit.div_ceil(26_000);
+            guest.live.stream_kbit = now_kbit.max(kept_kbit);
+        }
         let as_told = own.is_some_and(|own| own.term == guest.plan.term);
         if settled(&guest.live.protect) && !as_told {
             guest.live.protect = Seat::Needed;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RequestId, Token};
 use crate::consistency::Consistency;
+use crate::fleet::Policy;
 use crate::term::Role;
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
@@ -32,11 +33,37 @@ pub struct Record {
     pub active: bool,
 }
 
+/// What a host is able to do, as its agent found it. What is empty is not known and not held against it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Abilities {
+    /// Processors; 0: not known.
+    pub cpus: u32,
+    /// SR-IOV virtual functions.
+    pub vfs: Option<u32>,
+    pub cpu_models: BTreeSet<String>,
+    pub machine_types: BTreeSet<String>,
+    pub labels: BTreeSet<String>,
+    /// Of its rack.
+    pub power: Option<String>,
+    pub switch: Option<String>,
+}
+
+/// What a guest needs of a host besides memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needs {
+    pub vcpus: u32,
+    pub vfs: u32,
+    pub cpu_model: Option<String>,
+    pub machine_type: Option<String>,
+}
+
 /// What a heartbeat tells.
 #[derive(Debug, Clone, Default)]
 pub struct HostReport {
     pub memory_total_mib: u64,
     pub memory_free_mib: u64,
+    /// Only now and then: it hardly changes.
+    pub abilities: Option<Abilities>,
     pub primaries: BTreeMap<GuestId, PrimaryReport>,
     pub shadows: BTreeMap<GuestId, ShadowReport>,
 }
@@ -58,6 +85,8 @@ pub struct PeerReport {
     pub committed: Epoch,
     /// It commits each epoch.
     pub following: bool,
+    /// What its stream took over the last second, kbit/s.
+    pub kbit_per_s: u64,
 }
 
 /// A shadow as its own host sees it.
@@ -108,11 +137,19 @@ pub struct Host {
     pub last_seen: Moment,
     /// What the last heartbeat told.
     pub report: HostReport,
+    pub abilities: Abilities,
 }
 
 impl Host {
     pub(super) fn known(intro: HostIntro, now: Moment) -> Self {
-        Self { intro, health: Health::Up, connected: false, last_seen: now, report: HostReport::default() }
+        Self {
+            intro,
+            health: Health::Up,
+            connected: false,
+            last_seen: now,
+            report: HostReport::default(),
+            abilities: Abilities::default(),
+        }
     }
     /// It can be given orders.
     pub fn is_up(&self) -> bool {
@@ -142,13 +179,38 @@ pub struct GuestPlan {
     #[serde(default)]
     pub consistency: Consistency,
     pub memory_mib: u64,
+    #[serde(default)]
+    pub needs: Needs,
+    /// Where its shadows may be; how many there are to be is `shadows_wanted`.
+    #[serde(default)]
+    pub policy: Policy,
     /// Hosts the operator named for shadows; taken first whenever shadows are placed.
     pub on: Vec<HostName>,
     /// Hosts that shall keep a shadow.
     pub seats: BTreeSet<HostName>,
+    /// Seats in the order of the policy's shadows, as they were planned.
+    #[serde(default)]
+    pub order: Vec<HostName>,
+    /// Seats that are given up as soon as all others follow.
+    #[serde(default)]
+    pub going: BTreeSet<HostName>,
+    /// Where its next shadow would be at home: it has just been moved away from there.
+    #[serde(default)]
+    pub home: Option<HostName>,
     /// Hosts that had a copy and have to be told, or were, that they have none now.
     pub former: BTreeMap<HostName, Leave>,
     pub phase: Phase,
+}
+
+impl GuestPlan {
+    /// The policy for as many shadows as are wanted.
+    pub fn wanted_policy(&self) -> Policy {
+        self.policy.resized(self.shadows_wanted as usize)
+    }
+    /// Seats that are to stay.
+    pub fn staying(&self) -> impl Iterator<Item = &HostName> {
+        self.seats.iter().filter(|host| !self.going.contains(*host))
+    }
 }
 
 /// What plans have that were saved before there was a choice.
@@ -315,8 +377,10 @@ pub(super) struct Live {
     pub(super) attempts: BTreeMap<HostName, u32>,
     /// Hosts that have refused a shadow a moment ago.
     pub(super) excluded: BTreeMap<HostName, (Moment, String)>,
+    /// Why it has fewer shadows than wanted, as the last plan had it.
     pub(super) placement_note: String,
-    pub(super) next_placement: Moment,
+    /// The most that a stream to a shadow that follows took lately, kbit/s.
+    pub(super) stream_kbit: u64,
     /// Order of the failover or switchover that is under way.
     pub(super) moving: Option<Token>,
     /// Not before then is it given again.
@@ -353,7 +417,7 @@ impl Live {
             attempts: BTreeMap::new(),
             excluded: BTreeMap::new(),
             placement_note: String::new(),
-            next_placement: now,
+            stream_kbit: 0,
             moving: None,
             move_again: now,
             asked: BTreeMap::new(),

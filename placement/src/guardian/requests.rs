@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::context::Context;
 use super::failover::{self, Cause};
-use super::model::{Guest, GuestPlan, Leave, Live, Phase, Record};
+use super::model::{Guest, GuestPlan, Leave, Live, Needs, Phase, Record};
 use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, RequestId, Save, switchover, upkeep};
 use crate::consistency::{Consistency, Quorum};
+use crate::fleet::{MAX_SHADOWS, Policy, Tier};
 use crate::term::Role;
-use crate::topology::{MAX_SHADOWS, ShadowRequest, choose_shadow_hosts};
 use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
 
 /// Bounds of the time between cuts, milliseconds.
@@ -18,18 +18,22 @@ pub const MIRROR_MIB: std::ops::RangeInclusive<u64> = 0..=16 << 20;
 /// Enough for a guest that dirties 100 MB between two cuts.
 pub const DEFAULT_MIRROR_MIB: u64 = 256;
 
-/// An `Enable` with its fields.
-struct Wish {
-    guest: GuestId,
-    domain: String,
-    host: HostName,
-    memory_mib: u64,
-    shadows: u32,
-    interval_ms: u64,
-    budget: Budget,
-    mirror_mib: u64,
-    consistency: Consistency,
-    on: Vec<HostName>,
+/// A guest that runs on `host` now is to be protected so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wish {
+    pub guest: GuestId,
+    pub domain: String,
+    pub host: HostName,
+    pub memory_mib: u64,
+    pub needs: Needs,
+    pub policy: Policy,
+    pub shadows: u32,
+    pub interval_ms: u64,
+    pub budget: Budget,
+    pub mirror_mib: u64,
+    pub consistency: Consistency,
+    /// Hosts that must keep a shadow.
+    pub on: Vec<HostName>,
 }
 
 impl Guardian {
@@ -39,24 +43,22 @@ impl Guardian {
             None => Err(RequestError::NotFound(format!("guest {guest} is not protected"))),
         };
         let result = match request {
-            Request::Enable {
-                guest,
-                domain,
-                host,
-                memory_mib,
-                shadows,
-                interval_ms,
-                budget,
-                mirror_mib,
-                consistency,
-                on,
-            } => {
-                let wish =
-                    Wish { guest, domain, host, memory_mib, shadows, interval_ms, budget, mirror_mib, consistency, on };
-                let result = self.enable(now, wish, ready);
-                ready.then.push(Action::Answer { id, result: result.map(|()| Reply::Enabled) });
+            Request::Enable(wish) => {
+                match self.check_wish(&wish) {
+                    Ok(()) => self.plan_wish(id, wish),
+                    Err(error) => ready.then.push(Action::Answer { id, result: Err(error) }),
+                }
                 return;
             }
+            Request::SetPolicy { guest, policy } => known(&guest).and_then(|()| {
+                check_policy(&policy)?;
+                let consistency = self.guest(&guest).map(|guest| guest.plan.consistency).unwrap_or_default();
+                check_quorum(consistency, policy.shadows.len() as u32)?;
+                self.planning.look_at_all();
+                self.with_guest(now, &guest, ready, |guest, cx| set_policy(guest, cx, policy));
+                ready.then.push(Action::Answer { id, result: Ok(Reply::PolicySet) });
+                Ok(())
+            }),
             Request::Disable { guest } => {
                 known(&guest).map(|()| self.with_guest(now, &guest, ready, |guest, cx| disable(guest, cx, id)))
             }
@@ -80,39 +82,67 @@ impl Guardian {
         }
     }
 
-    fn enable(&mut self, now: Moment, wish: Wish, ready: &mut Ready) -> Result<(), RequestError> {
-        check_wish(&wish)?;
+    fn check_wish(&self, wish: &Wish) -> Result<(), RequestError> {
+        check_wish(wish)?;
         if !self.hosts.get(&wish.host).is_some_and(|host| host.connected) {
             return Err(RequestError::Conflict(format!("host {} is not connected to the manager", wish.host)));
         }
+        if let Some(unknown) = wish.on.iter().find(|host| !self.hosts.contains_key(*host)) {
+            let domain = &wish.domain;
+            return Err(RequestError::Refused(format!("guest {domain}: of the hosts named, 1 is unknown ({unknown})")));
+        }
+        if let Some(topology) = &self.topology
+            && !topology.knows(&wish.host)
+        {
+            return Err(RequestError::Refused(format!(
+                "guest {} runs on {}, which the manager's topology file does not know; add it there",
+                wish.domain, wish.host
+            )));
+        }
+        self.guests.get(&wish.guest).map_or(Ok(()), |guest| may_be_enabled(guest, wish))
+    }
+
+    /// Protects a guest with shadows on `hosts`, which a plan gave it.
+    pub(super) fn enable(
+        &mut self,
+        now: Moment,
+        wish: Wish,
+        hosts: Vec<HostName>,
+        ready: &mut Ready,
+    ) -> Result<(), RequestError> {
+        self.check_wish(&wish)?;
         let id = wish.guest.clone();
-        let unknown = !self.guests.contains_key(&id);
-        if unknown {
-            let plan = GuestPlan {
-                id: id.clone(),
-                domain: wish.domain.clone(),
-                term: self.last_term(&id),
-                primary: wish.host.clone(),
-                shadows_wanted: 0,
-                interval_ms: wish.interval_ms,
-                budget: wish.budget,
-                mirror_mib: wish.mirror_mib,
-                consistency: wish.consistency,
-                memory_mib: wish.memory_mib,
-                on: Vec::new(),
-                seats: BTreeSet::new(),
-                former: BTreeMap::new(),
-                phase: Phase::Leaving,
-            };
+        if !self.guests.contains_key(&id) {
+            let plan = plan_of_a_stranger(&id, &wish.domain, self.last_term(&id), &wish.host);
             self.guests.insert(id.clone(), Guest::new(plan, now));
         }
-        let mut result = Ok(());
-        self.with_guest(now, &id, ready, |guest, cx| result = apply(guest, cx, wish));
-        if unknown && result.is_err() {
-            // It never came to be known.
-            ready.save.retain(|save| !matches!(save, Save::ForgetGuest { guest, .. } if *guest == id));
-        }
-        result
+        self.with_guest(now, &id, ready, |guest, cx| apply(guest, cx, wish, hosts));
+        Ok(())
+    }
+}
+
+/// Of a guest that is not protected.
+fn plan_of_a_stranger(id: &GuestId, domain: &str, term: Term, primary: &HostName) -> GuestPlan {
+    GuestPlan {
+        id: id.clone(),
+        domain: domain.to_owned(),
+        term,
+        primary: primary.clone(),
+        shadows_wanted: 0,
+        interval_ms: *INTERVAL_MS.end(),
+        budget: Budget::default(),
+        mirror_mib: 0,
+        consistency: Consistency::default(),
+        memory_mib: 0,
+        needs: Needs::default(),
+        policy: Policy::default(),
+        on: Vec::new(),
+        seats: BTreeSet::new(),
+        order: Vec::new(),
+        going: BTreeSet::new(),
+        home: None,
+        former: BTreeMap::new(),
+        phase: Phase::Leaving,
     }
 }
 
@@ -130,22 +160,8 @@ impl Guardian {
             return false;
         }
         let leave = if record.role == Role::Shadow { Leave::Drop } else { Leave::Release };
-        let plan = GuestPlan {
-            id: id.clone(),
-            domain: record.domain.clone(),
-            term: self.last_term(id),
-            primary: host.clone(),
-            shadows_wanted: 0,
-            interval_ms: *INTERVAL_MS.end(),
-            budget: Budget::default(),
-            mirror_mib: 0,
-            consistency: Consistency::default(),
-            memory_mib: 0,
-            on: Vec::new(),
-            seats: BTreeSet::new(),
-            former: BTreeMap::from([(host.clone(), leave)]),
-            phase: Phase::Leaving,
-        };
+        let mut plan = plan_of_a_stranger(id, &record.domain, self.last_term(id), host);
+        plan.former.insert(host.clone(), leave);
         ready.save.push(Save::Guest(plan.clone()));
         self.guests.insert(id.clone(), Guest::new(plan, now));
         self.with_guest(now, id, ready, |_, _| ());
@@ -155,6 +171,7 @@ impl Guardian {
 
 fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     let invalid = |message: String| Err(RequestError::Invalid(message));
+    check_policy(&wish.policy)?;
     if wish.shadows == 0 || wish.shadows > MAX_SHADOWS {
         return invalid(format!("{} shadows: must be 1 to {MAX_SHADOWS}", wish.shadows));
     }
@@ -169,11 +186,7 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     if pause_permille > 1_000 || cpu_percent > 100_000 {
         return invalid(format!("budget of {pause_permille} thousandths and {cpu_percent} % of a processor: too much"));
     }
-    if let Quorum::Count(count) = wish.consistency.quorum
-        && count > wish.shadows
-    {
-        return invalid(format!("quorum of {count} with {} shadows: it could never be had", wish.shadows));
-    }
+    check_quorum(wish.consistency, wish.shadows)?;
     let distinct: BTreeSet<_> = wish.on.iter().collect();
     if distinct.len() != wish.on.len() {
         return invalid("a host is named twice".into());
@@ -184,48 +197,60 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     Ok(())
 }
 
-/// Enables a guest, or changes what an enabled one wants.
-fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), RequestError> {
-    let domain = &guest.plan.domain;
-    match &guest.plan.phase {
-        Phase::Leaving | Phase::Stopped { .. } | Phase::Lost { .. } => (),
-        Phase::Steady if guest.plan.primary == wish.host => (),
-        Phase::Steady => {
-            let primary = &guest.plan.primary;
-            return Err(RequestError::Conflict(format!(
-                "guest {domain} is protected already, with {primary} as primary"
-            )));
+fn check_quorum(consistency: Consistency, shadows: u32) -> Result<(), RequestError> {
+    match consistency.quorum {
+        Quorum::Count(count) if count > shadows => {
+            Err(RequestError::Invalid(format!("quorum of {count} with {shadows} shadows: it could never be had")))
         }
-        Phase::FailingOver(_) | Phase::SwitchingOver(_) => {
-            return Err(RequestError::Conflict(format!(
-                "guest {domain} is being moved; try again when that has ended"
-            )));
+        _ => Ok(()),
+    }
+}
+
+fn check_policy(policy: &Policy) -> Result<(), RequestError> {
+    match policy.shadows.iter().find(|shadow| shadow.tier != Tier::Hot) {
+        None => Ok(()),
+        Some(shadow) => {
+            let tier = shadow.tier.name();
+            Err(RequestError::Refused(format!("shadows of tier {tier} cannot be kept yet; ask for hot ones")))
         }
     }
-    // Named hosts must all do; those that keep a shadow already do.
-    let new_guest = guest.plan.phase == Phase::Leaving;
-    let mut existing: Vec<HostName> = if new_guest || guest.plan.primary != wish.host {
-        Vec::new()
-    } else {
-        let keep = |host: &&HostName| wish.on.is_empty() || wish.on.contains(host);
-        guest.plan.seats.iter().filter(keep).cloned().collect()
-    };
-    existing.truncate(wish.shadows as usize);
-    let on: Vec<HostName> = wish.on.iter().filter(|host| !existing.contains(host)).cloned().collect();
-    let request = ShadowRequest {
-        primary: &wish.host,
-        guest_memory_mib: wish.memory_mib,
-        wanted: (wish.shadows as usize).saturating_sub(existing.len()),
-        on: &on,
-    };
-    let chosen = choose_shadow_hosts(&request, &cx.facts(None), &existing)
-        .map_err(|refusal| RequestError::Refused(format!("guest {}: {refusal}", wish.domain)))?;
+}
 
+/// Whether things are so that a guest can be enabled, or changed.
+fn may_be_enabled(guest: &Guest, wish: &Wish) -> Result<(), RequestError> {
+    let domain = &guest.plan.domain;
+    match &guest.plan.phase {
+        Phase::Leaving | Phase::Stopped { .. } | Phase::Lost { .. } => Ok(()),
+        Phase::Steady if guest.plan.primary == wish.host => Ok(()),
+        Phase::Steady => {
+            let primary = &guest.plan.primary;
+            Err(RequestError::Conflict(format!("guest {domain} is protected already, with {primary} as primary")))
+        }
+        Phase::FailingOver(_) | Phase::SwitchingOver(_) => {
+            Err(RequestError::Conflict(format!("guest {domain} is being moved; try again when that has ended")))
+        }
+    }
+}
+
+/// Which of its seats a guest keeps if `wish` is granted, in their order.
+pub(super) fn kept_seats(guest: &Guest, wish: &Wish) -> Vec<HostName> {
+    if guest.plan.phase == Phase::Leaving || guest.plan.primary != wish.host {
+        return Vec::new();
+    }
+    let keep = |host: &&HostName| wish.on.is_empty() || wish.on.contains(host);
+    let mut kept: Vec<HostName> = guest.plan.staying().filter(keep).cloned().collect();
+    kept.truncate(wish.shadows as usize);
+    kept
+}
+
+/// Enables a guest, or changes what an enabled one wants.
+fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish, hosts: Vec<HostName>) {
+    let new_guest = guest.plan.phase == Phase::Leaving;
     let old_primary = std::mem::replace(&mut guest.plan.primary, wish.host.clone());
     if !new_guest && old_primary != wish.host {
         guest.plan.former.insert(old_primary, Leave::Retire);
     }
-    let seats: BTreeSet<HostName> = existing.into_iter().chain(chosen).collect();
+    let seats: BTreeSet<HostName> = hosts.iter().cloned().collect();
     for host in guest.plan.seats.iter().filter(|host| !seats.contains(*host)) {
         guest.plan.former.insert(host.clone(), Leave::Drop);
     }
@@ -238,10 +263,18 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), Requ
         guest.live = Live::new(cx.now);
     }
     plan.seats = seats;
+    plan.order = hosts;
+    plan.going.clear();
+    plan.home = None;
     plan.domain = wish.domain;
     plan.shadows_wanted = wish.shadows;
     plan.memory_mib = wish.memory_mib;
+    plan.needs = wish.needs;
     plan.on = wish.on;
+    if plan.policy != wish.policy {
+        plan.policy = wish.policy;
+        guest.live.protect = super::Seat::Needed;
+    }
     let wanted = (wish.interval_ms, wish.budget, wish.mirror_mib, wish.consistency);
     if (plan.interval_ms, plan.budget, plan.mirror_mib, plan.consistency) != wanted {
         (plan.interval_ms, plan.budget, plan.mirror_mib, plan.consistency) = wanted;
@@ -256,7 +289,21 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish) -> Result<(), Requ
         guest.plan.primary
     );
     cx.note(Level::Info, "enable", guest, Some(&guest.plan.primary), message);
-    Ok(())
+}
+
+fn set_policy(guest: &mut Guest, cx: &mut Context<'_>, policy: Policy) {
+    let plan = &mut guest.plan;
+    plan.shadows_wanted = policy.shadows.len() as u32;
+    let bounds = (*INTERVAL_MS.start(), *INTERVAL_MS.end());
+    if let Some(ms) = policy.interval_ms {
+        plan.interval_ms = u64::from(ms).clamp(bounds.0, bounds.1);
+    }
+    plan.policy = policy;
+    plan.on.truncate(plan.shadows_wanted as usize);
+    guest.live.protect = super::Seat::Needed;
+    let text = guest.plan.policy.to_string().trim().replace('\n', ", ");
+    let text = if text.is_empty() { "the default" } else { &text };
+    cx.note(Level::Info, "policy", guest, None, format!("asks of its shadows: {text}"));
 }
 
 fn disable(guest: &mut Guest, cx: &mut Context<'_>, id: RequestId) {

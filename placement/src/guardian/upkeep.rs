@@ -1,12 +1,11 @@
-//! Brings hosts to what the plan says: shadows placed and accepted, the primary told of them, former copies given up.
+//! Brings hosts to what the plan says: shadows accepted, the primary told of them, former copies given up.
 //!
 //! Nothing here remembers what it did beyond "told, and it said yes": after a restart of ours or of an agent every order
 //! is given again, which is harmless.
 
 use super::context::{Context, DoneOrder};
-use super::model::{Guest, Health, Leave, Phase, Seat};
+use super::model::{Guest, Leave, Phase, Seat};
 use super::{Level, Order, Outcome, Reply, failover, lifecycle, switchover};
-use crate::topology::{Refusal, ShadowRequest, choose_shadow_hosts};
 use crate::units::HostName;
 
 const ACCEPT_TIMEOUT_MS: u64 = 10_000;
@@ -15,9 +14,6 @@ const LEAVE_TIMEOUT_MS: u64 = 20_000;
 /// How long a host that refused a shadow is left alone: doubled each time, up to a limit.
 const EXCLUDED_FIRST_MS: u64 = 4_000;
 const EXCLUDED_LONGEST_MS: u64 = 60_000;
-const PLACEMENT_EVERY_MS: u64 = 500;
-/// A host that is silent, but not down, loses its shadows only after this many times `replace_after_ms`.
-const SILENT_FACTOR: u64 = 6;
 
 /// Does everything for a guest that can be done now.
 pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
@@ -29,9 +25,7 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
     failover::tend(guest, cx);
     switchover::tend(guest, cx);
     if guest.plan.phase == Phase::Steady {
-        place(guest, cx);
-        replace(guest, cx);
-        drop_surplus(guest);
+        drop_surplus(guest, cx);
         accept(guest, cx);
         protect(guest, cx);
         tell_redundancy(guest, cx);
@@ -42,95 +36,37 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
     leave(guest, cx);
 }
 
-fn place(guest: &mut Guest, cx: &mut Context<'_>) {
-    let lacking = (guest.plan.shadows_wanted as usize).saturating_sub(guest.plan.seats.len());
-    if lacking == 0 {
-        guest.live.placement_note.clear();
-        return;
-    }
-    if cx.now < guest.live.next_placement {
-        return;
-    }
-    guest.live.next_placement = cx.now.plus_ms(PLACEMENT_EVERY_MS);
-    // Hosts the operator named come first, each if it can; the rest is free choice.
-    for named in guest.plan.on.clone() {
-        if guest.plan.seats.len() < guest.plan.shadows_wanted as usize
-            && let Ok(chosen) = look_for(guest, cx, 1, &[named])
-        {
-            seat(guest, cx, &chosen);
-        }
-    }
-    let lacking = (guest.plan.shadows_wanted as usize).saturating_sub(guest.plan.seats.len());
-    if lacking == 0 {
-        return;
-    }
-    let (chosen, note) = match look_for(guest, cx, lacking, &[]) {
-        Ok(chosen) => (chosen, String::new()),
-        Err(refusal) => (refusal.possible.clone(), refusal.to_string()),
-    };
-    guest.live.placement_note = note;
-    seat(guest, cx, &chosen);
-}
-
-fn look_for(guest: &Guest, cx: &Context<'_>, wanted: usize, on: &[HostName]) -> Result<Vec<HostName>, Refusal> {
-    let existing: Vec<_> = guest.plan.seats.iter().cloned().collect();
-    look_for_besides(guest, cx, wanted, on, &existing)
-}
-
-fn look_for_besides(
-    guest: &Guest,
-    cx: &Context<'_>,
-    wanted: usize,
-    on: &[HostName],
-    existing: &[HostName],
-) -> Result<Vec<HostName>, Refusal> {
-    let request = ShadowRequest { primary: &guest.plan.primary, guest_memory_mib: guest.plan.memory_mib, wanted, on };
-    choose_shadow_hosts(&request, &cx.facts(Some(guest)), existing)
-}
-
-fn seat(guest: &mut Guest, cx: &mut Context<'_>, chosen: &[HostName]) {
-    for host in chosen {
-        cx.note(Level::Info, "shadow-placed", guest, Some(host), format!("a shadow goes to {host}"));
-        guest.plan.seats.insert(host.clone());
-        guest.live.accepts.remove(host);
-    }
-}
-
-/// Shadows on hosts that stay away are made elsewhere, if there is an elsewhere.
-fn replace(guest: &mut Guest, cx: &mut Context<'_>) {
-    let away = |host: &HostName| {
-        let Some(host) = cx.hosts.get(host) else { return true };
-        match host.health {
-            Health::Down { since } => cx.now.ms_since(since) >= cx.settings.replace_after_ms,
-            _ if host.is_up() => false,
-            _ => cx.now.ms_since(host.last_seen) >= cx.settings.replace_after_ms.saturating_mul(SILENT_FACTOR),
-        }
-    };
-    let gone: Vec<HostName> = guest.plan.seats.iter().filter(|host| away(host)).cloned().collect();
-    if gone.is_empty() || cx.now < guest.live.next_placement {
-        return;
-    }
-    guest.live.next_placement = cx.now.plus_ms(PLACEMENT_EVERY_MS);
-    for host in gone {
-        let others: Vec<_> = guest.plan.seats.iter().filter(|seat| **seat != host).cloned().collect();
-        if let Ok(chosen) = look_for_besides(guest, cx, 1, &[], &others) {
-            guest.plan.seats.remove(&host);
-            guest.live.accepts.remove(&host);
-            guest.plan.former.insert(host, Leave::Drop);
-            seat(guest, cx, &chosen);
-        }
-    }
-}
-
-fn drop_surplus(guest: &mut Guest) {
-    while guest.plan.seats.len() > guest.plan.shadows_wanted as usize {
+/// Seats beyond what is wanted, and those that others have taken the place of.
+fn drop_surplus(guest: &mut Guest, cx: &Context<'_>) {
+    while guest.plan.staying().count() > guest.plan.shadows_wanted as usize {
         let named = |host: &&HostName| guest.plan.on.contains(host);
-        let not_named = guest.plan.seats.iter().rev().find(|host| !named(host));
-        let Some(host) = not_named.or_else(|| guest.plan.seats.iter().next_back()).cloned() else { return };
-        guest.plan.seats.remove(&host);
-        guest.live.accepts.remove(&host);
-        guest.plan.former.insert(host, Leave::Drop);
+        let staying: Vec<&HostName> = guest.plan.staying().collect();
+        let not_named = staying.iter().rev().find(|host| !named(host));
+        let Some(host) = not_named.or_else(|| staying.last()).copied().cloned() else { return };
+        give_up(guest, &host);
     }
+    if guest.plan.going.is_empty() {
+        return;
+    }
+    let report = cx.hosts.get(&guest.plan.primary).and_then(|host| host.report.primaries.get(&guest.plan.id));
+    let follows = |host: &HostName| {
+        let peer = report.and_then(|report| report.peers.get(host));
+        peer.is_some_and(|peer| peer.following && peer.committed.0 > 0)
+    };
+    let replaced = guest.plan.staying().filter(|host| follows(host)).count() >= guest.plan.shadows_wanted as usize;
+    for host in guest.plan.going.clone() {
+        if replaced || cx.is_down(&host) {
+            give_up(guest, &host);
+        }
+    }
+}
+
+/// The seat is no more; its host is told when it can be.
+pub(super) fn give_up(guest: &mut Guest, host: &HostName) {
+    guest.plan.seats.remove(host);
+    guest.plan.going.remove(host);
+    guest.live.accepts.remove(host);
+    guest.plan.former.insert(host.clone(), Leave::Drop);
 }
 
 /// A former copy on that host is not yet given up.
@@ -176,6 +112,7 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
         budget: guest.plan.budget,
         mirror_mib: guest.plan.mirror_mib,
         consistency: guest.plan.consistency,
+        policy: guest.plan.policy.to_string(),
         shadows: ready.clone(),
     };
     let primary = guest.plan.primary.clone();
@@ -197,6 +134,7 @@ fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
         budget: guest.plan.budget,
         mirror_mib: guest.plan.mirror_mib,
         consistency: guest.plan.consistency,
+        policy: guest.plan.policy.to_string(),
         shadows: Vec::new(),
     };
     let primary = guest.plan.primary.clone();
@@ -230,7 +168,7 @@ fn tell_redundancy(guest: &mut Guest, cx: &mut Context<'_>) {
         return;
     };
     let follows = |host: &&HostName| report.peers.get(*host).is_some_and(|peer| peer.following && peer.committed.0 > 0);
-    let following = guest.plan.seats.iter().filter(follows).count() as u32;
+    let following = guest.plan.staying().filter(follows).count() as u32;
     let wanted = guest.plan.shadows_wanted;
     let whole = following >= wanted;
     if guest.live.told_whole == Some(whole) || (guest.live.told_whole.is_none() && !whole) {
@@ -281,7 +219,6 @@ fn accept_done(guest: &mut Guest, cx: &mut Context<'_>, done: DoneOrder) {
             let excluded_ms = (EXCLUDED_FIRST_MS << (*attempts).min(8)).min(EXCLUDED_LONGEST_MS);
             *attempts += 1;
             guest.live.excluded.insert(host, (cx.now.plus_ms(excluded_ms), message));
-            guest.live.next_placement = cx.now;
         }
         Outcome::Refused { message: reason, .. } | Outcome::Unknown { why: reason } => {
             let attempts = guest.live.attempts.entry(host.clone()).or_default();

@@ -217,6 +217,9 @@ pub struct Guest {
     /// Guests of one group keep off each other's hosts; -1: none.
     #[serde(rename = "grp")]
     pub group: i64,
+    /// Hosts that take no copy of it. Not part of the benchmark's format, whose instances have none.
+    #[serde(rename = "bar", default, skip_serializing_if = "Vec::is_empty")]
+    pub barred: Vec<usize>,
     pub copies: Vec<Copy>,
 }
 

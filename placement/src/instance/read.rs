@@ -151,6 +151,9 @@ impl Instance {
             let both = vm.need & vm.avoid;
             return Err(content(format!("vms[{i}]"), format!("needs and avoids the same labels ({both:#x})")));
         }
+        for &host in &vm.barred {
+            index(host, self.hosts.len(), "host", || format!("vms[{i}].bar"))?;
+        }
         for (k, copy) in vm.copies.iter().enumerate() {
             let place = |field: &str| format!("vms[{i}].copies[{k}].{field}");
             index(copy.tier, self.params.tiers.len(), "tier", || place("t"))?;

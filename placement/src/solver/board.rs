@@ -192,6 +192,7 @@ impl<'a> View<'a> {
             && site.generation >= shadow.generation
             && site.labels & shadow.need == shadow.need
             && site.labels & shadow.avoid == 0
+            && !self.problem.bars(shadow, host)
             && match shadow.apart {
                 Level::Room => site.room != primary.room,
                 Level::Region => site.region != primary.region,

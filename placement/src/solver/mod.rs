@@ -34,7 +34,7 @@ pub use workers::{OneByOne, Task, Workers};
 use board::Board;
 use problem::Problem;
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// Moves to try, in all. None: as many as the size asks for; 0: the first plan is the last.
     pub moves: Option<u64>,

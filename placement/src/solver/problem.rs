@@ -104,6 +104,8 @@ pub(super) struct Shadow {
     pub(super) generation: i32,
     pub(super) need: u64,
     pub(super) avoid: u64,
+    /// Its guest bars some hosts: see [`Problem::bars`].
+    pub(super) barred: bool,
     pub(super) group: u32,
     /// What fails together with the primary, one id a level.
     pub(super) domains: [u32; MAX_LEVELS],
@@ -209,6 +211,12 @@ impl<'a> Problem<'a> {
         };
         problem.add_shadows();
         problem
+    }
+
+    /// Whether the guest of `shadow` must not have a copy on `host`.
+    pub(super) fn bars(&self, shadow: &Shadow, host: u32) -> bool {
+        let vm = || &self.instance.vms[self.guests[shadow.guest as usize] as usize];
+        shadow.barred && vm().barred.contains(&(self.original[host as usize] as usize))
     }
 
     fn add_shadows(&mut self) {
@@ -326,6 +334,7 @@ impl<'a> Problem<'a> {
             generation: vm.generation as i32,
             need: vm.need,
             avoid: vm.avoid,
+            barred: !vm.barred.is_empty(),
             group,
             domains: [0; MAX_LEVELS],
             promotes,

@@ -62,9 +62,9 @@ impl Reason {
     pub fn describe(self) -> &'static str {
         match self {
             Self::Down => "down or without an agent",
-            Self::Drain => "draining",
+            Self::Drain => "silent or draining",
             Self::Gen => "of an older generation",
-            Self::Label => "without what the guest asks for (labels, CPU model, machine type), or to be avoided",
+            Self::Label => "without what the guest asks for (labels, CPU, machine), or refusing it",
             Self::Domain => "in the primary's rack, switch or power domain",
             Self::Div => "in the primary's room or region",
             Self::Latency => "too far away",
@@ -141,7 +141,7 @@ impl fmt::Display for Objection {
         let lacks = self.lacks;
         match self.reason {
             Reason::Down => f.write_str("bring it back"),
-            Reason::Drain => f.write_str("end its drain"),
+            Reason::Drain => f.write_str("have its agent report again, or end its drain"),
             Reason::Gen => f.write_str("give it a newer CPU or machine type"),
             Reason::Label => f.write_str("change its labels or those the guest asks for"),
             Reason::Domain => f.write_str("move the primary out of its rack, switch or power domain"),
@@ -195,7 +195,8 @@ fn by_site(view: &View<'_>, shadow: &Shadow, host: u32, found: &mut Vec<Objectio
         _ => false,
     };
     let near = site.rack == primary.rack || site.switch == primary.switch || site.power == primary.power;
-    let labels = site.labels & shadow.need != shadow.need || site.labels & shadow.avoid != 0;
+    let labels =
+        site.labels & shadow.need != shadow.need || site.labels & shadow.avoid != 0 || view.problem.bars(shadow, host);
     // The primary's own host is no round trip away.
     let round_trip = if host == shadow.primary { 0 } else { round_trip_us(primary, site) };
     let late = i64::from(round_trip) - i64::from(shadow.latency_us);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use placement::guardian::{
-    Answer, Event, HostIntro, HostReport, Order, Outcome, PeerReport, PrimaryReport, Record, ShadowReport,
+    Abilities, Answer, Event, HostIntro, HostReport, Order, Outcome, PeerReport, PrimaryReport, Record, ShadowReport,
 };
 use placement::term::{self, Role};
 use placement::{Epoch, GuestId, HostName, Term};
@@ -16,6 +16,7 @@ const HELD_US: u64 = 20_000_000;
 #[derive(Debug)]
 pub struct SimHost {
     pub intro: HostIntro,
+    pub abilities: Abilities,
     pub on: bool,
     pub agent_runs: bool,
     pub agent_away_until_us: u64,
@@ -47,12 +48,15 @@ struct Primary {
     term: Term,
     epoch: Epoch,
     shadows: Vec<HostName>,
+    /// What shadows have said that they committed.
+    acked: BTreeMap<HostName, Epoch>,
 }
 
 impl SimHost {
     pub fn new(intro: HostIntro) -> Self {
         Self {
             intro,
+            abilities: Abilities::default(),
             on: true,
             agent_runs: true,
             agent_away_until_us: 0,
@@ -178,12 +182,14 @@ impl SimHost {
                 .shadows
                 .iter()
                 .map(|host| {
-                    (host.clone(), PeerReport { committed: primary.epoch, following: primary.epoch > Epoch(0) })
+                    let committed = primary.acked.get(host).copied().unwrap_or_default();
+                    (host.clone(), PeerReport { committed, following: committed > Epoch(0), kbit_per_s: 800 })
                 })
                 .collect(),
         };
         HostReport {
             memory_total_mib: 4096,
+            abilities: Some(self.abilities.clone()),
             memory_free_mib: 4096 - 256 * (self.shadows.len() + self.runs.len()) as u64,
             primaries: self.primaries.iter().map(|(guest, own)| (guest.clone(), primary(own))).collect(),
             shadows: self.shadows.iter().map(|(guest, shadow)| (guest.clone(), shadow.report())).collect(),
@@ -255,8 +261,12 @@ pub fn carry_out(
             if !host.runs.contains_key(guest) {
                 return refused("not-running", "does not run here");
             }
-            let epoch = host.primaries.get(guest).map_or(Epoch(0), |primary| primary.epoch);
-            host.primaries.insert(guest.clone(), Primary { term: *term, epoch, shadows: shadows.clone() });
+            let (epoch, acked) = match host.primaries.remove(guest) {
+                Some(primary) => (primary.epoch, primary.acked),
+                None => Default::default(),
+            };
+            let primary = Primary { term: *term, epoch, shadows: shadows.clone(), acked };
+            host.primaries.insert(guest.clone(), primary);
             NOTHING
         }
         Order::Release { guest } => {
@@ -343,14 +353,17 @@ pub fn epochs(hosts: &mut BTreeMap<HostName, SimHost>, now_us: u64) {
             if host.runs.get(guest) == Some(&None) {
                 primary.epoch.0 += 1;
                 let cut = (guest.clone(), primary.term, primary.epoch);
-                cuts.extend(primary.shadows.iter().map(|to| (to.clone(), cut.clone())));
+                cuts.extend(primary.shadows.iter().map(|to| (host.intro.name.clone(), to.clone(), cut.clone())));
             }
         }
     }
-    for (to, (guest, term, epoch)) in cuts {
+    for (from, to, (guest, term, epoch)) in cuts {
         let Some(host) = hosts.get_mut(&to).filter(|host| host.on && host.agent_runs) else { continue };
         let Some(shadow) = host.shadows.get_mut(&guest).filter(|shadow| shadow.term <= term) else { continue };
         (shadow.term, shadow.committed, shadow.heard_us) = (term, epoch, now_us);
+        if let Some(primary) = hosts.get_mut(&from).and_then(|from| from.primaries.get_mut(&guest)) {
+            primary.acked.insert(to, epoch);
+        }
     }
 }
 

@@ -6,12 +6,15 @@
 //! and fencing help.
 #![allow(dead_code, reason = "each test uses its part")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use placement::fleet::{FleetError, Question, Topology};
 use placement::guardian::{
     Action, Event, FailoverStep, Guardian, GuestPlan, HostIntro, Order, Outcome, Phase, Ready, Reply, Request,
-    RequestError, RequestId, Save, Settings, SwitchoverStep, Token,
+    RequestError, RequestId, Save, Settings, SwitchoverStep, Token, Wish,
 };
+use placement::solver::OneByOne;
 use placement::{GuestId, HostName, Moment, Term};
 
 pub mod host;
@@ -73,6 +76,16 @@ pub struct World {
     pub lost_replies: u64,
     pub crash_between: u64,
     pub slowest_us: u64,
+    /// How long a plan takes.
+    pub plan_us: u64,
+    /// The planner's plans are refused by the checker.
+    pub plans_refused: bool,
+    pub topology: Option<Topology>,
+    /// Hosts that the newest plan named for each guest: nothing else may become a seat.
+    pub planned: BTreeMap<GuestId, BTreeSet<HostName>>,
+    /// Plans asked for, and those of the manager's current run without an answer.
+    pub plans: u64,
+    open_plans: BTreeSet<u64>,
     /// Which orders trouble strikes.
     pub strikes: fn(&Order) -> bool,
     queue: BTreeMap<(u64, u64), What>,
@@ -112,6 +125,12 @@ impl World {
             lost_replies: 0,
             crash_between: 0,
             slowest_us: 2_000,
+            plan_us: 2_000,
+            plans_refused: false,
+            topology: None,
+            planned: BTreeMap::new(),
+            plans: 0,
+            open_plans: BTreeSet::new(),
             strikes: |_| true,
             queue: BTreeMap::new(),
             last_seq: 0,
@@ -154,7 +173,10 @@ impl World {
         let (hosts, plans) = (self.saved_hosts.values().cloned().collect(), self.saved.values().cloned().collect());
         let now = Moment::from_us(self.now_us);
         let forgotten = self.forgotten.clone().into_iter().collect();
-        self.guardian = Some(Guardian::resume(Settings::default(), now, hosts, plans, forgotten));
+        let settings = Settings { plan_effort: 50, ..Settings::default() };
+        let guardian = Guardian::resume(settings, now, hosts, plans, forgotten);
+        self.guardian = Some(guardian.with_topology(self.topology.clone()));
+        self.open_plans.clear();
         self.at(TICK_US, What::Tick { run: self.run });
         self.say("manager starts".into());
     }
@@ -295,18 +317,32 @@ impl World {
         if let Some(host) = self.hosts.get_mut(&host.into()) {
             host.guest_starts(&guest.into(), now_us);
         }
-        self.request(Request::Enable {
-            guest: guest.into(),
-            domain: guest.into(),
-            host: host.into(),
-            memory_mib: 256,
-            shadows,
-            interval_ms: 50,
-            budget: Default::default(),
-            mirror_mib: 256,
-            consistency: Default::default(),
-            on: Vec::new(),
-        })
+        self.request(Request::Enable(wish(guest, host, shadows)))
+    }
+
+    /// A manager with another topology file.
+    pub fn restart_with(&mut self, topology: &str) {
+        self.topology = Some(Topology::parse(topology).expect("a topology"));
+        self.crash_manager(100_000);
+    }
+
+    fn plan_for(&mut self, number: u64, question: &Question) {
+        self.plans += 1;
+        self.open_plans.insert(number);
+        assert_eq!(self.open_plans.len(), 1, "one plan at a time");
+        let result = match question.answer(&OneByOne) {
+            _ if self.plans_refused => Err(Arc::new(FleetError::Refused { examples: vec!["mem: pretended".into()] })),
+            Ok(plan) => {
+                for placement in &plan.placements {
+                    let hosts = placement.hosts.iter().flatten().cloned().collect();
+                    self.planned.insert(placement.guest.clone(), hosts);
+                }
+                Ok(Arc::new(plan))
+            }
+            Err(error) => panic!("no plan: {error}"),
+        };
+        let (run, in_us) = (self.run, self.plan_us);
+        self.at(in_us, What::Tell { run, event: Event::Planned { number, result } });
     }
 
     /// Lets time pass.
@@ -425,10 +461,22 @@ impl World {
         self.flush_events(name);
     }
 
+    /// A seat comes from a plan that the checker has accepted, and from nowhere else.
+    fn check_seats(&self, plan: &GuestPlan) {
+        let former = self.saved.get(&plan.id).map(|former| &former.seats);
+        for host in plan.seats.iter().filter(|host| former.is_none_or(|former| !former.contains(*host))) {
+            let planned = self.planned.get(&plan.id).is_some_and(|hosts| hosts.contains(host));
+            assert!(planned, "{} got a seat on {host} that no plan named", plan.id);
+        }
+    }
+
     /// One step of the guardian: saved, then done, with a crash possible before, between and after.
     fn step(&mut self, event: Event) {
         let Some(guardian) = &mut self.guardian else { return };
-        if !matches!(event, Event::Tick | Event::Heartbeat { .. }) {
+        if let Event::Planned { number, .. } = &event {
+            self.open_plans.remove(number);
+            self.log.push(format!("{:>9.3} plan {number} is there", self.now_us as f64 / 1e6));
+        } else if !matches!(event, Event::Tick | Event::Heartbeat { .. }) {
             self.log.push(format!("{:>9.3} -> {event:?}", self.now_us as f64 / 1e6));
         }
         let ready = guardian.step(Moment::from_us(self.now_us), event);
@@ -457,6 +505,7 @@ impl World {
                     let text = serde_json::to_string(plan).expect("plans can be written");
                     let read: GuestPlan = serde_json::from_str(&text).expect("plans can be read back");
                     assert_eq!(read, *plan, "a plan changes when it is saved");
+                    self.check_seats(plan);
                     let former = self.saved.insert(plan.id.clone(), read);
                     assert!(former.is_none_or(|former| former.term <= plan.term), "a term went back");
                     self.say(format!("saved: {} term {} {} {:?}", plan.id, plan.term, plan.primary, plan.phase));
@@ -473,6 +522,7 @@ impl World {
                 self.say(format!("answer: {result:?}"));
                 assert!(self.answers.insert(id, result).is_none(), "a request was answered twice");
             }
+            Action::Plan { number, question } => self.plan_for(number, &question),
             Action::Probe { host, timeout_ms, .. } => {
                 let answered = self.hosts[&host].on;
                 let in_us = if answered { self.delay() } else { timeout_ms * 1_000 };
@@ -544,5 +594,23 @@ impl World {
             && self.runs_on(guest) == Some(&plan.primary)
             && plan.seats.len() == plan.shadows_wanted as usize
             && plan.seats.iter().all(follows)
+    }
+}
+
+/// `guest` runs on `host` and is to have so many shadows.
+pub fn wish(guest: &str, host: &str, shadows: u32) -> Wish {
+    Wish {
+        guest: guest.into(),
+        domain: guest.into(),
+        host: host.into(),
+        memory_mib: 256,
+        needs: Default::default(),
+        policy: Default::default(),
+        shadows,
+        interval_ms: 50,
+        budget: Default::default(),
+        mirror_mib: 256,
+        consistency: Default::default(),
+        on: Vec::new(),
     }
 }

@@ -130,6 +130,10 @@ impl Shadows {
 
     /// From now on a primary with `term` may keep a shadow of this guest here.
     pub fn accept(&self, uuid: &str, domain: &str, term: u64, primary: &str) -> Result<(), ApiError> {
+        // One that is being given up is waited for: its files are where those of the next one will be.
+        if let Some(old) = self.slot(uuid).filter(|slot| slot.has_ended()) {
+            self.forget(&old);
+        }
         let mut slots = lock(&self.slots);
         if let Some(slot) = slots.get(uuid) {
             slot.term_known(term);
@@ -144,11 +148,15 @@ impl Shadows {
 
     /// Gives a shadow up: its domain, memory and journal are gone when this returns. Also if there is none.
     pub fn drop_shadow(&self, uuid: &str) -> Result<(), ApiError> {
-        let slot = lock(&self.slots).remove(uuid);
-        match slot {
-            Some(slot) => slot.destroy(),
-            None => Ok(()),
-        }
+        let Some(slot) = self.slot(uuid) else { return Ok(()) };
+        // Two orders may do this at a time; neither answers before it is done.
+        let result = slot.destroy();
+        self.forget(&slot);
+        result
+    }
+
+    fn forget(&self, slot: &Arc<Slot>) {
+        lock(&self.slots).retain(|_, known| !Arc::ptr_eq(known, slot));
     }
 
     /// Makes the shadow the primary. Repeated with the same term it answers the same.

@@ -50,6 +50,8 @@ struct Inner {
     done: Option<Promoted>,
     /// Given up: threads of it stop.
     ended: bool,
+    /// And nothing of it is left.
+    destroyed: bool,
 }
 
 impl Slot {
@@ -94,6 +96,7 @@ impl Slot {
                 promotion: None,
                 done: None,
                 ended: false,
+                destroyed: false,
             }),
             status: Mutex::new((status, None)),
         });
@@ -453,11 +456,19 @@ impl Slot {
         Ok(Promoted { term, epoch, took_us })
     }
 
+    /// Given up, completely; waits if that is under way.
+    pub(super) fn has_ended(&self) -> bool {
+        self.lock().destroyed
+    }
+
     /// Gives the shadow up for good.
     pub(super) fn destroy(self: &Arc<Self>) -> Result<(), ApiError> {
         let mut inner = self.lock();
+        if inner.destroyed {
+            return Ok(());
+        }
         self.step_locked(&mut inner, TargetEvent::ImageLost);
-        inner.ended = true;
+        (inner.ended, inner.destroyed) = (true, true);
         inner.connections.values().for_each(Answers::close);
         inner.connections.clear();
         self.destroy_image(&mut inner);

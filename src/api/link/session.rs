@@ -196,6 +196,7 @@ impl<S: AgentStatus> Driver<S> {
         let mut beats = tokio::time::interval(beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut seq = 0;
+        let mut told = None;
         loop {
             let next_event = self.shared.events().next_to_send();
             let message = if let Some((seq, event)) = next_event {
@@ -207,6 +208,11 @@ impl<S: AgentStatus> Driver<S> {
                         seq += 1;
                         let mut heartbeat = self.status.heartbeat();
                         heartbeat.seq = seq;
+                        let newest = self.status.inventory();
+                        if newest.as_ref().map(Arc::as_ptr) != told.as_ref().map(Arc::as_ptr) {
+                            heartbeat.inventory = newest.as_deref().cloned();
+                            told = newest;
+                        }
                         ToManager::Heartbeat(heartbeat)
                     }
                     () = self.shared.event_added.notified() => continue,

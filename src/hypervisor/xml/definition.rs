@@ -15,6 +15,10 @@ pub struct GuestDefinition {
     pub domain_type: String,
     /// Machine type as QEMU resolved it, such as `pc-q35-10.0`.
     pub machine: String,
+    /// `ARCH/MACHINE`, as [`super::machine_types`] has it.
+    pub machine_type: Option<String>,
+    /// `ACCELERATOR/MODEL`, as [`super::cpu_models`] has it; none: whatever the host has.
+    pub cpu_model: Option<String>,
     /// Memory including hot-plugged modules, bytes.
     pub memory_bytes: u64,
     pub vcpus: u32,
@@ -83,6 +87,8 @@ impl GuestDefinition {
             uuid: required(&["uuid"], "<uuid>")?.to_lowercase(),
             domain_type: root.attributes.get("type").cloned().ok_or(XmlError::Missing { what: "domain type" })?,
             machine: attribute(&root, &["os", "type"], "machine").unwrap_or_default().to_owned(),
+            machine_type: super::abilities::machine_type(&root),
+            cpu_model: super::abilities::cpu_model(&root),
             memory_bytes: memory_bytes(&root)?,
             vcpus: vcpus(&root)?,
             disks: devices(&root, "disk").map(disk).collect(),

@@ -8,11 +8,13 @@
 //!            `---- promoted: its live XML still has our additions --> persistent definition without them
 //! ```
 
+mod abilities;
 mod definition;
 mod nics;
 mod shadow;
 mod tree;
 
+pub use abilities::{cpu_models, machine_types, policy_element, policy_text};
 pub use definition::{Disk, GuestDefinition, Interface, InterfaceLink, Refusal};
 pub use nics::{OutputNic, output_nics};
 pub use shadow::{clean_persistent_xml, is_shadow, shadow_xml, shape};

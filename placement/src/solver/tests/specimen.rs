@@ -117,6 +117,7 @@ fn guest(primary: usize, size: Size, pick: &mut impl FnMut(&[i64]) -> i64) -> Gu
         need,
         avoid: if need == 0 { pick(&[0, 0, 0, 2]) as u64 } else { 0 },
         group: pick(&[-1, -1, -1, 0, 1]),
+        barred: Vec::new(),
         copies: (0..pick(&[1, 1, i64::from(size.copies)]) as u32).map(|k| copy(k, pick)).collect(),
     }
 }
