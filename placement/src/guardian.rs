@@ -334,6 +334,7 @@ pub enum Level {
 
 /// What must be durable before any [`Action`] of the same step.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "few are there at a time, and most are guests")]
 pub enum Save {
     Host(HostIntro),
     Guest(GuestPlan),

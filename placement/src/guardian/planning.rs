@@ -71,7 +71,17 @@ struct Asked {
 #[derive(Debug, PartialEq, Eq)]
 struct Situation {
     hosts: Vec<(HostName, HostState)>,
-    guests: Vec<(GuestId, HostName, u32, Vec<HostName>, BTreeSet<HostName>)>,
+    guests: Vec<Short>,
+}
+
+/// A guest that lacks a shadow.
+#[derive(Debug, PartialEq, Eq)]
+struct Short {
+    id: GuestId,
+    primary: HostName,
+    wanted: u32,
+    seats: Vec<HostName>,
+    excluded: BTreeSet<HostName>,
 }
 
 impl Planning {
@@ -175,10 +185,12 @@ impl Guardian {
     }
 
     fn situation(&self, now: Moment, short: &[&Guest]) -> Situation {
-        let guest = |guest: &&Guest| {
-            let plan = &guest.plan;
-            let seats = plan.staying().cloned().collect();
-            (plan.id.clone(), plan.primary.clone(), plan.shadows_wanted, seats, self.excluded(now, guest))
+        let guest = |guest: &&Guest| Short {
+            id: guest.plan.id.clone(),
+            primary: guest.plan.primary.clone(),
+            wanted: guest.plan.shadows_wanted,
+            seats: guest.plan.staying().cloned().collect(),
+            excluded: self.excluded(now, guest),
         };
         Situation {
             hosts: self.hosts.keys().map(|name| (name.clone(), self.planned_state(now, name))).collect(),
@@ -382,7 +394,7 @@ impl Guardian {
                 Verdict::Barred(_) if host == *pin => Some(verdict.to_string()),
                 _ => None,
             };
-            let why = why.filter_map(barred).last().unwrap_or_else(|| "there is no room beside the others".into());
+            let why = why.filter_map(barred).next_back().unwrap_or_else(|| "there is no room beside the others".into());
             return refused(format!(
                 "of the hosts named, {pin} cannot keep a shadow: {why}; name other hosts with --on, or leave the choice \
                  to the manager"
