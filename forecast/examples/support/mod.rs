@@ -3,8 +3,12 @@
 // Every example uses a part of it.
 #![allow(dead_code)]
 
+pub mod onsets;
 pub mod plot;
+pub mod rolling;
+pub mod rows;
 pub mod score;
+pub mod world;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,8 +57,8 @@ pub struct Entry {
     pub step_s: u32,
     pub season: usize,
     pub train_end: usize,
-    #[serde(default)]
-    pub mase_scale: f64,
+    /// Worked out where it is not given.
+    pub mase_scale: Option<f64>,
     pub origins: Vec<usize>,
 }
 
@@ -65,7 +69,7 @@ impl Manifest {
     }
 }
 
-/// Samples of the column `id` = file/column; an empty field is a gap.
+/// Samples of the column `id` = file/column; an empty field is a gap, and so is NaN.
 pub fn read_column(data: &Path, id: &str) -> Result<Vec<Option<f64>>, Failure> {
     let (file, column) = id.split_once('/').ok_or_else(|| format!("{id}: an id is file/column"))?;
     let path = data.join(format!("{file}.csv"));
@@ -79,10 +83,10 @@ pub fn read_column(data: &Path, id: &str) -> Result<Vec<Option<f64>>, Failure> {
         .map(|(row, line)| {
             let field = line.split(',').nth(at).ok_or_else(|| format!("{id}: row {row} is too short"))?.trim();
             if field.is_empty() {
-                Ok(None)
-            } else {
-                Ok(Some(field.parse::<f64>().map_err(|e| format!("{id}: row {row}: {e}"))?))
+                return Ok(None);
             }
+            let value: f64 = field.parse().map_err(|e| format!("{id}: row {row}: {e}"))?;
+            Ok(Some(value).filter(|v| v.is_finite()))
         })
         .collect()
 }

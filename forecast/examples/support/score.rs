@@ -46,7 +46,12 @@ impl Score {
             .collect();
         let naive: Vec<Issued> =
             issued.iter().map(|&(o, step, _)| (o, step, table[step - 1].map(|r| y[o] + r))).collect();
-        Self { own: losses(y, issued), naive: losses(y, &naive), mase_scale: entry.mase_scale }
+        // As in the manifests that say it: the mean error of the seasonal naive forecaster within the training part.
+        let training = &y[..entry.train_end];
+        let seasonal = training.iter().skip(entry.season).zip(training).map(|(now, then)| (now - then).abs());
+        let scale = seasonal.sum::<f64>() / training.len().saturating_sub(entry.season).max(1) as f64;
+        let mase_scale = entry.mase_scale.unwrap_or(scale).max(f64::MIN_POSITIVE);
+        Self { own: losses(y, issued), naive: losses(y, &naive), mase_scale }
     }
 
     /// Loss against the last value's; below 1 is better.
@@ -77,29 +82,50 @@ fn losses(y: &[f64], issued: &[Issued]) -> Losses {
 }
 
 /// The summary over all series, as the scorer prints it.
-pub fn summary(scores: &[Score]) -> String {
+pub fn summary(scores: &[&Score]) -> String {
+    let Means { near, all, p95, mase_near, mase, cover80, cover80_error, cover95, better } = means(scores);
+    let count = scores.len();
+    format!(
+        "SUMMARY series {count} relPinball_1_3 {near:.3} relPinball_1_12 {all:.3} relP95 {p95:.3} MASE_1_3 {mase_near:.3} \
+         MASE_1_12 {mase:.3} cov80 {cover80:.3} cov80_abserr {cover80_error:.3} cov95 {cover95:.3} \
+         better_than_naive {better}/{count}"
+    )
+}
+
+/// Over all series, as the scorer takes them.
+pub struct Means {
+    pub near: f64,
+    pub all: f64,
+    pub p95: f64,
+    pub mase_near: f64,
+    pub mase: f64,
+    pub cover80: f64,
+    pub cover80_error: f64,
+    pub cover95: f64,
+    /// Series better than the last value.
+    pub better: usize,
+}
+
+/// Geometric means of relative losses, medians of MASE, means of coverage.
+pub fn means(scores: &[&Score]) -> Means {
     let count = scores.len().max(1) as f64;
     let geometric =
         |of: &dyn Fn(&Losses) -> f64| (scores.iter().map(|s| s.relative(of).ln()).sum::<f64>() / count).exp();
-    let mean = |of: &dyn Fn(&Score) -> f64| scores.iter().map(of).sum::<f64>() / count;
+    let mean = |of: &dyn Fn(&Score) -> f64| scores.iter().map(|s| of(s)).sum::<f64>() / count;
     let median = |of: &dyn Fn(&Score) -> f64| {
-        let mut all: Vec<f64> = scores.iter().map(of).collect();
+        let mut all: Vec<f64> = scores.iter().map(|s| of(s)).collect();
         all.sort_unstable_by(f64::total_cmp);
         quantile_of_sorted(&all, 0.5)
     };
-    let better = scores.iter().filter(|s| s.own.pinball < s.naive.pinball).count();
-    format!(
-        "SUMMARY series {} relPinball_1_3 {:.3} relPinball_1_12 {:.3} relP95 {:.3} MASE_1_3 {:.3} MASE_1_12 {:.3} cov80 {:.3} \
-         cov80_abserr {:.3} cov95 {:.3} better_than_naive {better}/{}",
-        scores.len(),
-        geometric(&|l| l.pinball_near),
-        geometric(&|l| l.pinball),
-        geometric(&|l| l.p95),
-        median(&|s| s.own.error_near / s.mase_scale),
-        median(&|s| s.own.error / s.mase_scale),
-        mean(&|s| s.own.cover80),
-        mean(&|s| (s.own.cover80 - 0.8).abs()),
-        mean(&|s| s.own.cover95),
-        scores.len(),
-    )
+    Means {
+        near: geometric(&|l| l.pinball_near),
+        all: geometric(&|l| l.pinball),
+        p95: geometric(&|l| l.p95),
+        mase_near: median(&|s| s.own.error_near / s.mase_scale),
+        mase: median(&|s| s.own.error / s.mase_scale),
+        cover80: mean(&|s| s.own.cover80),
+        cover80_error: mean(&|s| (s.own.cover80 - 0.8).abs()),
+        cover95: mean(&|s| s.own.cover95),
+        better: scores.iter().filter(|s| s.own.pinball < s.naive.pinball).count(),
+    }
 }

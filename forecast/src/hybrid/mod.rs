@@ -113,8 +113,8 @@ impl Hybrid {
     pub fn preload(&mut self, samples: impl IntoIterator<Item = Option<f64>>) {
         for sample in samples {
             self.history.push(sample);
-            if let Some(experts) = &mut self.experts {
-                experts.advance(&self.history, self.history.len() - 1);
+            if let (Some(experts), Some(newest)) = (&mut self.experts, self.history.len().checked_sub(1)) {
+                experts.advance(&self.history, newest);
             }
         }
         self.due = self.due.min(self.history.seen());
