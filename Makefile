@@ -36,8 +36,15 @@ test: lint
 	@$(CARGO) build --locked --bins
 	@$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=$(or $(TEST_THREADS),2)
 
-bench: build
+# BENCH=forecast needs no lab. DATA=DIR adds the series of DIR/manifest.json (or MANIFEST), LINKS=file/column,... alarms.
+bench: $(if $(filter forecast,$(BENCH)),setup,build)
+ifneq ($(BENCH),forecast)
 	@$(BIN)/virt-shadow-lab bench $(BENCH) $(if $(FORMAT),--format $(FORMAT))
+endif
+ifneq ($(filter forecast,$(or $(BENCH),forecast)),)
+	@$(CARGO) run --quiet --locked --release -p forecast --example bench -- $(if $(FORMAT),--format $(FORMAT)) \
+		$(if $(DATA),--data $(DATA)) $(if $(MANIFEST),--manifest $(MANIFEST)) $(if $(LINKS),--links $(LINKS))
+endif
 
 docs: build
 	@mkdir -p target/docs/man target/docs/completions

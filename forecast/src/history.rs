@@ -187,13 +187,13 @@ impl History {
     /// Position of slot `index` in its season.
     pub fn phase(&self, index: usize) -> usize {
         let start = self.shape.start_s / u64::from(self.shape.step_s);
-        ((start + self.dropped + index as u64) % self.shape.season as u64) as usize
+        (start.saturating_add(self.dropped + index as u64) % self.shape.season as u64) as usize
     }
 
     /// Day of the week of slot `index`, 0..7, counted from the first sample's where the start is unknown.
     pub fn weekday(&self, index: usize) -> usize {
-        let seconds = self.shape.start_s + (self.dropped + index as u64) * u64::from(self.shape.step_s);
-        ((seconds / 86_400) % 7) as usize
+        let since = u128::from(self.dropped + index as u64) * u128::from(self.shape.step_s);
+        ((u128::from(self.shape.start_s) + since) / 86_400 % 7) as usize
     }
 
     /// Makes an event known; it may be past or to come.
@@ -201,9 +201,9 @@ impl History {
         self.schedule.add(event);
     }
 
-    /// The events known.
-    pub fn events(&self) -> &Schedule {
-        &self.schedule
+    /// Takes an event out of the schedule; false if it was not there.
+    pub fn cancel(&mut self, event: &Event) -> bool {
+        self.schedule.cancel(event)
     }
 
     /// The event that covers slot `index`, with the effect its kind had at the same offset in the last [`OCCURRENCES`],
@@ -360,6 +360,14 @@ mod tests {
     }
 
     #[test]
+    fn a_start_beyond_all_calendars_overflows_nothing() -> Result<(), ShapeError> {
+        let mut history = History::new(Shape { start_s: u64::MAX, ..Shape::new(1, 10, 3)? });
+        history.push(Some(1.0));
+        assert!(history.phase(2000) < 10 && history.weekday(usize::MAX / 2) < 7);
+        Ok(())
+    }
+
+    #[test]
     fn memory_is_bounded_and_phases_survive_what_is_dropped() -> Result<(), ShapeError> {
         let mut history = history()?;
         for i in 0..1_000u32 {
@@ -387,6 +395,8 @@ mod tests {
         let (event, effect) = history.event_effect(69, 72).ok_or(ShapeError::NoStep)?;
         assert_eq!((event.start, effect), (71, 100.0));
         assert_eq!(history.profile(73), Some(3.0));
+        assert!(history.cancel(&event) && !history.cancel(&event));
+        assert_eq!(history.event_effect(69, 72), None);
         // Before the second event, only the first is known.
         assert_eq!(history.event_effect(30, 47).map(|(_, e)| e), Some(50.0));
         Ok(())

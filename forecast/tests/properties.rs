@@ -130,7 +130,7 @@ fn reseal(saved: &mut [u8], models: usize) {
 #[test]
 fn models_of_another_format_are_left_out_and_learnt_anew_from_the_samples() {
     let original = learnt();
-    for format in [0u16, 2, u16::MAX] {
+    for format in [0u16, 1, 3, u16::MAX] {
         let mut saved = original.save();
         let models = models_at(&saved);
         saved[models + 4..models + 6].copy_from_slice(&format.to_le_bytes());

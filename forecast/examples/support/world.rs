@@ -135,10 +135,10 @@ pub fn events_and_shifts(seed: u64) -> Result<EventLosses, Failure> {
         }
         let (told, untold) = (informed.forecast(), ignorant.forecast());
         let naive = ignorant.panel().ok_or("nothing was learnt")?;
-        for step in 0..HORIZON {
+        for (step, (untold, told)) in untold.steps().iter().zip(told.steps()).enumerate() {
             let target = (t + 1 + step) as u64;
             let loss = |q: &[f64]| LEVELS.iter().zip(q).map(|(&l, &v)| pinball(l, v, y[target as usize])).sum::<f64>();
-            let all = [&naive[0][step], &naive[1][step], &untold.steps()[step], &told.steps()[step]];
+            let all = [&naive[0][step], &naive[1][step], untold, told];
             let covers = |e: &Event| e.start > t as u64 && (e.start..e.start + u64::from(e.length)).contains(&target);
             let shifted = (world.shift..world.shift + SEASON).contains(&t);
             for (part, wanted) in [true, world.events.iter().any(covers), shifted].into_iter().enumerate() {

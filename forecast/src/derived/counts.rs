@@ -4,6 +4,8 @@
 //! smoothing and learnt a part of the season (Teunter, Syntetos and Babai, with seasons). Denser demand takes the
 //! hybrid's forecast, rounded.
 
+use crate::codec::{Format, Reader, Writer};
+use crate::error::DecodeError;
 use crate::quantiles::{Forecast, value_at};
 
 /// Parts of a season.
@@ -14,6 +16,10 @@ const RATE: f64 = 0.02;
 const PRIOR: f64 = 12.0;
 /// Largest count that is told apart.
 const MOST: usize = 4096;
+/// Longest season, in samples.
+const MOST_SEASON: usize = 1 << 20;
+
+const FORMAT: Format = Format { what: "counts", magic: *b"VSFI", oldest: 1, newest: 1 };
 
 /// Probabilities of 0, 1, 2, ... instances.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,10 +78,10 @@ pub struct Intermittent {
 }
 
 impl Intermittent {
-    /// `season` in samples; at least 1.
+    /// `season` in samples, brought within 1 and a million.
     pub fn new(season: usize) -> Self {
         let parts = [Part::default(); PARTS];
-        Self { season: season.max(1), parts, chance: 0.0, size: 1.0, variance: 0.0, seen: 0 }
+        Self { season: season.clamp(1, MOST_SEASON), parts, chance: 0.0, size: 1.0, variance: 0.0, seen: 0 }
     }
 
     fn part(&self, slot: u64) -> usize {
@@ -145,6 +151,45 @@ impl Intermittent {
         CountDistribution { at_most }
     }
 
+    /// For storage.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::new();
+        out.count(self.season);
+        for part in &self.parts {
+            out.f64(part.seen);
+            out.f64(part.came);
+        }
+        [self.chance, self.size, self.variance].into_iter().for_each(|v| out.f64(v));
+        out.u64(self.seen);
+        out.seal(FORMAT)
+    }
+
+    /// Reads what [`Intermittent::encode`] wrote.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut from = Reader::open(bytes, FORMAT)?;
+        let season = from.u32("season")? as usize;
+        let mut model = Self::new(season);
+        for part in &mut model.parts {
+            (part.seen, part.came) = (from.f64("part")?, from.f64("part")?);
+        }
+        (model.chance, model.size, model.variance) = (from.f64("chance")?, from.f64("size")?, from.f64("variance")?);
+        model.seen = from.u64("seen")?;
+        let most = MOST as f64;
+        // Decay bounds what a part has seen: 1 / (1 - 0.998).
+        let sane = |p: &Part| (0.0..=501.0).contains(&p.seen) && (0.0..=p.seen).contains(&p.came);
+        if season != model.season
+            || !model.parts.iter().all(sane)
+            || !(0.0..=1.0).contains(&model.chance)
+            || !(1.0..=most).contains(&model.size)
+            || !(0.0..=most * most).contains(&model.variance)
+            || model.seen > u64::MAX / 2
+        {
+            return Err(from.range("counts"));
+        }
+        from.end()?;
+        Ok(model)
+    }
+
     /// Probabilities of sizes 1, 2, ...: 1 plus a negative binomial of the same mean and variance (Poisson at least).
     fn sizes(&self) -> Vec<f64> {
         let mean = (self.size - 1.0).max(1e-6);
@@ -186,6 +231,8 @@ mod tests {
             model.push(slot, count);
         }
         assert!(model.is_intermittent());
+        let read = Intermittent::decode(&model.encode());
+        assert_eq!(read.map(|m| m.forecast(288 * 20 + 140, 12)), Ok(model.forecast(288 * 20 + 140, 12)));
         let (noon, night) = (model.forecast(288 * 20 + 140, 12), model.forecast(288 * 20 + 10, 12));
         assert!((noon.mean() - 12.0 * 0.3 * 2.0).abs() < 2.0, "{}", noon.mean());
         assert!(night.mean() < 1.0, "{}", night.mean());
@@ -201,6 +248,7 @@ mod tests {
         let counts = CountDistribution::from_forecast(&forecast, 1);
         let levels = counts.as_ref().map(|c| [0.05, 0.5, 0.9, 0.95].map(|l| c.enough(l)));
         assert_eq!(levels, Some([0, 1, 4, 5]));
+        assert!(counts.as_ref().is_some_and(|c| c.probability_at_most(5) > 0.95 && c.probability_at_most(0) < 0.35));
         assert!(CountDistribution::from_forecast(&forecast, 2).is_none());
     }
 

@@ -3,6 +3,8 @@
 //! Each variable keeps its own forecast; what ties them is the correlation of where their samples fell in those
 //! forecasts (a Gaussian copula), followed online.
 
+use crate::codec::{Format, Reader, Writer};
+use crate::error::DecodeError;
 use crate::quantiles::{Forecast, Quantiles, probability_below, value_at};
 use crate::random::Random;
 
@@ -10,6 +12,8 @@ use crate::random::Random;
 const RATE: f64 = 0.005;
 /// Most variables.
 pub const MOST_VARIABLES: usize = 16;
+
+const FORMAT: Format = Format { what: "correlations", magic: *b"VSFJ", oldest: 1, newest: 1 };
 
 /// See the module's text.
 #[derive(Debug, Clone)]
@@ -29,6 +33,11 @@ impl Joint {
         let mut products = vec![0.0; variables * variables];
         (0..variables).for_each(|k| products[k * variables + k] = 1.0);
         Some(Self { variables, products, seen: 0 })
+    }
+
+    /// Number of variables.
+    pub fn variables(&self) -> usize {
+        self.variables
     }
 
     /// Learns from the samples of all variables and the one-step forecasts that were made for them. What is not one of
@@ -93,6 +102,33 @@ impl Joint {
         fit as f64 / all.len() as f64
     }
 
+    /// For storage.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::new();
+        out.count(self.variables);
+        self.products.iter().for_each(|&p| out.f64(p));
+        out.u64(self.seen);
+        out.seal(FORMAT)
+    }
+
+    /// Reads what [`Joint::encode`] wrote.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut from = Reader::open(bytes, FORMAT)?;
+        let variables = from.u32("variables")? as usize;
+        let mut joint = Self::new(variables).ok_or_else(|| from.range("variables"))?;
+        for product in &mut joint.products {
+            *product = from.f64("products")?;
+        }
+        joint.seen = from.u64("seen")?;
+        // Scores are within 3, so their products are within 9; those with themselves are not negative.
+        let alone = |k: usize| joint.products[k * variables + k] >= 0.0;
+        if joint.products.iter().any(|p| p.abs() > 9.0) || !(0..variables).all(alone) || joint.seen > u64::MAX / 2 {
+            return Err(from.range("correlations"));
+        }
+        from.end()?;
+        Ok(joint)
+    }
+
     /// Lower Cholesky factor of the correlations; what numbers cannot carry is taken as independent.
     fn lower(&self) -> Vec<f64> {
         let n = self.variables;
@@ -152,6 +188,8 @@ mod tests {
         assert!((apart - 0.5625).abs() < 0.05, "{apart}");
         assert!(together > 0.65 && together < 0.76, "{together}");
         assert_eq!(fit(&tied), together);
+        let read = tied.as_ref().and_then(|j| Joint::decode(&j.encode()).ok());
+        assert_eq!(fit(&read), together);
     }
 
     #[test]

@@ -9,7 +9,7 @@ const SLACK: f64 = 0.25;
 /// Accumulated surprise that counts as a change.
 const THRESHOLD: f64 = 10.0;
 
-/// Cumulated sums (Page) of where samples fall in the distribution forecast for them one step ahead: too high, too low,
+/// Cumulated sums (Page) of where samples fall in the distribution forecast for them a step or a few ahead: too high, too low,
 /// or too often outside. Places in the distribution, not distances, so that a skewed series is no surprise.
 #[derive(Debug, Clone, Default)]
 pub struct Drift {
@@ -21,7 +21,7 @@ pub struct Drift {
 }
 
 impl Drift {
-    /// Takes notice of a sample and of what had been forecast for it one step ahead.
+    /// Takes notice of a sample and of what had been forecast for it.
     pub fn mature(&mut self, issued: &Quantiles, actual: f64) {
         let place = if actual == issued[MEDIAN] { 0.0 } else { 2.0 * probability_below(issued, actual) - 1.0 };
         self.above = (self.above + place - SLACK).max(0.0);

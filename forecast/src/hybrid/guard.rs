@@ -9,6 +9,8 @@ const MEMORY: f64 = 0.995;
 /// The last value takes over between these ratios of the mix's recent loss to its own.
 const START: f64 = 0.98;
 const FULL: f64 = 1.2;
+/// Share of the losses remembered when the series has changed.
+const KEPT_AFTER_CHANGE: f64 = 0.1;
 
 /// Compares recent losses of the mix with those of the last value and moves over to it while that is better.
 #[derive(Debug, Clone, Default)]
@@ -44,6 +46,12 @@ impl Guard {
         let loss = |q: &Quantiles| (0..LEVEL_COUNT).map(|l| pinball(LEVELS[l], q[l], actual)).sum::<f64>();
         self.mix = MEMORY * self.mix + loss(mix);
         self.naive = MEMORY * self.naive + loss(naive);
+    }
+
+    /// The series has changed: losses from before count little.
+    pub(super) fn forget(&mut self) {
+        self.mix *= KEPT_AFTER_CHANGE;
+        self.naive *= KEPT_AFTER_CHANGE;
     }
 
     pub(super) fn encode(&self, out: &mut Writer) {

@@ -26,6 +26,9 @@ const SIZE_RATE: f64 = 0.01;
 /// Bound of one regret in units of the usual error: no single outlier decides.
 const MOST_REGRET: f64 = 5.0;
 
+/// Share of the regrets that is kept when the series has changed.
+const KEPT_AFTER_CHANGE: f64 = 0.1;
+
 /// Exponentially weighted experts with the gradient trick: regrets are taken at the mix's own value, so that weights
 /// seek the best mix and not only the best expert.
 #[derive(Debug, Clone)]
@@ -89,6 +92,11 @@ impl Mix {
         }
     }
 
+    /// The series has changed: regrets from before count little.
+    pub fn forget(&mut self) {
+        self.regret.iter_mut().for_each(|r| *r *= KEPT_AFTER_CHANGE);
+    }
+
     /// Recomputes the weights from the regrets.
     pub fn settle(&mut self) {
         let k = self.experts;
@@ -104,16 +112,19 @@ impl Mix {
         for step in 0..self.horizon {
             for level in 0..LEVEL_COUNT {
                 let cell = self.cell(step, level);
-                let scores: Vec<f64> = self.regret[cell.clone()]
-                    .iter()
-                    .zip(&pooled[level * k..])
-                    .map(|(own, all)| self.params.rate * ((1.0 - share) * own + share * all))
-                    .collect();
-                let best = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let total: f64 = scores.iter().map(|s| (s - best).exp()).sum();
-                for (w, s) in self.weights[cell].iter_mut().zip(&scores) {
-                    *w = (s - best).exp() / total;
+                let weights = &mut self.weights[cell.clone()];
+                let mut best = f64::NEG_INFINITY;
+                for ((w, own), all) in weights.iter_mut().zip(&self.regret[cell]).zip(&pooled[level * k..]) {
+                    *w = self.params.rate * ((1.0 - share) * own + share * all);
+                    best = best.max(*w);
                 }
+                let mut total = 0.0;
+                for w in weights.iter_mut() {
+                    // Many of these a sample: single precision is enough for a weight, and far less work.
+                    *w = f64::from(((*w - best) as f32).exp());
+                    total += *w;
+                }
+                weights.iter_mut().for_each(|w| *w /= total);
             }
         }
     }

@@ -109,6 +109,11 @@ impl Hybrid {
         self.history.schedule(event);
     }
 
+    /// Takes an event out of the schedule; false if it was not there.
+    pub fn cancel(&mut self, event: &Event) -> bool {
+        self.history.cancel(event)
+    }
+
     /// Fills an empty history without forecasting on the way; learning is due afterwards if there is enough.
     pub fn preload(&mut self, samples: impl IntoIterator<Item = Option<f64>>) {
         for sample in samples {

@@ -10,7 +10,7 @@ use crate::history::History;
 
 const OUTER: Format = Format { what: "forecaster", magic: *b"VSFC", oldest: 1, newest: 1 };
 const SAMPLES: Format = Format { what: "history", magic: *b"VSFH", oldest: 1, newest: 1 };
-const MODELS: Format = Format { what: "models", magic: *b"VSFM", oldest: 1, newest: 1 };
+const MODELS: Format = Format { what: "models", magic: *b"VSFM", oldest: 2, newest: 2 };
 
 /// A loaded forecaster.
 #[derive(Debug)]

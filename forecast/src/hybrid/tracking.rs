@@ -28,6 +28,8 @@ struct Pending {
     panel: Panel,
     mixed: Vec<Quantiles>,
     issued: Vec<Quantiles>,
+    /// What the calibrated mix would have said without the guard: by this a change is told.
+    expected: Vec<Quantiles>,
 }
 
 /// See the module's text.
@@ -77,7 +79,14 @@ impl Tracking {
             self.pending.pop_front();
         }
         let (mixed, issued) = self.stages(&panel);
-        self.pending.push_back(Pending { origin, panel, mixed, issued });
+        let expected = if self.guard.share() > 0.0 {
+            let mut expected = mixed.clone();
+            self.conformal.apply(&mut expected);
+            expected
+        } else {
+            issued.clone()
+        };
+        self.pending.push_back(Pending { origin, panel, mixed, issued, expected });
     }
 
     /// Learns from sample number `now`.
@@ -85,17 +94,22 @@ impl Tracking {
         while self.pending.front().is_some_and(|p| p.origin + (self.horizon as u64) < now) {
             self.pending.pop_front();
         }
-        let mut matured = false;
+        let (mut matured, changes) = (false, self.drift.changes());
         for pending in self.pending.iter().filter(|p| p.origin < now) {
             let step = (now - pending.origin - 1) as usize;
             let naive = &pending.panel[LAST_VALUE][step];
             self.mix.mature(&pending.panel, step, actual);
             self.guard.mature(&pending.mixed[step], naive, actual);
             self.conformal.mature(&pending.issued[step], step, actual);
-            if step == 0 {
-                self.drift.mature(&pending.issued[0], actual);
-            }
             matured = true;
+        }
+        if let Some(newest) = self.pending.iter().rev().find(|p| p.origin < now) {
+            self.drift.mature(&newest.expected[(now - newest.origin - 1) as usize], actual);
+        }
+        if self.drift.changes() > changes {
+            // What the experts were worth before says little now.
+            self.mix.forget();
+            self.guard.forget();
         }
         if matured {
             self.mix.settle();
@@ -104,7 +118,7 @@ impl Tracking {
 
     /// Heap bytes held.
     pub(super) fn bytes(&self) -> usize {
-        let one = (EXPERTS + 2) * self.horizon * size_of::<Quantiles>();
+        let one = (EXPERTS + 3) * self.horizon * size_of::<Quantiles>();
         self.pending.len() * one + self.mix.bytes() + self.conformal.bytes()
     }
 
@@ -116,7 +130,8 @@ impl Tracking {
         out.count(self.pending.len());
         for pending in &self.pending {
             out.u64(pending.origin);
-            let rows = pending.panel.iter().flatten().chain(&pending.mixed).chain(&pending.issued);
+            let Pending { mixed, issued, expected, .. } = pending;
+            let rows = pending.panel.iter().flatten().chain(mixed).chain(issued).chain(expected);
             rows.flatten().for_each(|&v| out.f64(v));
         }
     }
@@ -144,8 +159,8 @@ impl Tracking {
                 Ok(rows)
             };
             let panel = (0..EXPERTS).map(|_| rows()).collect::<Result<Panel, _>>()?;
-            let (mixed, issued) = (rows()?, rows()?);
-            tracking.pending.push_back(Pending { origin, panel, mixed, issued });
+            let (mixed, issued, expected) = (rows()?, rows()?, rows()?);
+            tracking.pending.push_back(Pending { origin, panel, mixed, issued, expected });
         }
         Ok(tracking)
     }

@@ -1,5 +1,6 @@
 //! Exponential smoothing: level, damped trend, additive season and an autoregressive error, each following the newest
-//! sample; ETS(A,Ad,A) with AR(1). Robust: an outlier counts as a few usual errors.
+//! sample; ETS(A,Ad,A) with AR(1). Robust: an outlier counts as a few usual errors, unless it is one of several in a row
+//! on the same side: then the level has shifted, and follows at once.
 //!
 //! A sample updates it in constant time, so it follows level shifts between two learnings. Its smoothing weights are
 //! those of a small grid that did best on the history.
@@ -21,6 +22,8 @@ const DAMPING: f64 = 0.9;
 const TRIED: usize = 4096;
 /// An error counts at most this often the usual one.
 const OUTLIER: f64 = 4.0;
+/// So many outliers in a row on one side are a shift of the level.
+const SHIFT: i32 = 3;
 /// Weight of the newest error in the usual one.
 const USUAL_RATE: f64 = 0.02;
 
@@ -42,6 +45,8 @@ pub struct Ets {
     trend: f64,
     error: f64,
     usual: f64,
+    /// Outliers in a row, below 0 where they are low.
+    outliers: i32,
     /// Deviation of each phase from the level.
     season: Vec<f64>,
     residuals: Vec<Quantiles>,
@@ -56,6 +61,7 @@ impl Ets {
             trend: 0.0,
             error: 0.0,
             usual: 0.0,
+            outliers: 0,
             season: vec![0.0; season],
             residuals: vec![[0.0; LEVEL_COUNT]; horizon],
             ready: false,
@@ -79,7 +85,7 @@ impl Ets {
         }
         self.rates = rates;
         self.level = values[first] - self.season[history.phase(first)];
-        (self.trend, self.error, self.usual) = (0.0, 0.0, 0.0);
+        (self.trend, self.error, self.usual, self.outliers) = (0.0, 0.0, 0.0, 0);
     }
 
     fn update(&mut self, value: f64, phase: usize) {
@@ -87,9 +93,19 @@ impl Ets {
         let carried = self.rates.carry * self.error;
         let miss = value - expected - carried;
         let size = miss.abs();
-        let bounded = if self.usual > 0.0 { miss.clamp(-OUTLIER * self.usual, OUTLIER * self.usual) } else { miss };
+        let most = if self.usual > 0.0 { OUTLIER * self.usual } else { f64::INFINITY };
+        let bounded = miss.clamp(-most, most);
+        self.outliers = match (bounded == miss, miss > 0.0) {
+            (true, _) => 0,
+            (false, true) => self.outliers.max(0) + 1,
+            (false, false) => self.outliers.min(0) - 1,
+        };
         self.usual =
             if self.usual > 0.0 { self.usual + USUAL_RATE * (size.min(10.0 * self.usual) - self.usual) } else { size };
+        if self.outliers.abs() >= SHIFT {
+            (self.level, self.error, self.outliers) = (value - self.season[phase], 0.0, 0);
+            return;
+        }
         let correction = self.rates.level * bounded;
         self.trend = DAMPING * self.trend + self.rates.trend * correction;
         self.level += self.trend + correction;
@@ -200,6 +216,7 @@ impl Ets {
         for value in [level, trend, season, carry, self.level, self.trend, self.error, self.usual] {
             out.f64(value);
         }
+        out.u32(self.outliers as u32);
         self.season.iter().for_each(|&v| out.f64(v));
         self.residuals.iter().for_each(|r| out.f64s(r));
     }
@@ -210,7 +227,10 @@ impl Ets {
         let mut next = || from.f64("smoothing");
         model.rates = Rates { level: next()?, trend: next()?, season: next()?, carry: next()? };
         (model.level, model.trend, model.error, model.usual) = (next()?, next()?, next()?, next()?);
-        if [model.rates.level, model.rates.season, model.rates.carry].iter().any(|r| !(0.0..=1.0).contains(r)) {
+        model.outliers = from.u32("smoothing")? as i32;
+        if [model.rates.level, model.rates.season, model.rates.carry].iter().any(|r| !(0.0..=1.0).contains(r))
+            || model.outliers.unsigned_abs() >= SHIFT.unsigned_abs()
+        {
             return Err(from.range("smoothing rates"));
         }
         for value in &mut model.season {
@@ -244,5 +264,18 @@ mod tests {
             assert!((ahead - expected).abs() < 3.0, "{ahead} for {expected}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn one_outlier_counts_little_and_several_in_a_row_are_a_shift() {
+        let mut ets = Ets::new(6, 24);
+        ets.rates = Rates { level: 0.1, trend: 0.0, season: 0.0, carry: 0.0 };
+        (0..200).for_each(|i| ets.update(50.0 + f64::from(i % 3), 0));
+        let before = ets.level;
+        ets.update(500.0, 0);
+        assert!((ets.level - before).abs() < 2.0, "{before} to {}", ets.level);
+        ets.update(51.0, 0);
+        (0..3).for_each(|i| ets.update(100.0 + f64::from(i % 3), 0));
+        assert!((ets.level - 101.0).abs() < 2.0, "{before} to {}", ets.level);
     }
 }

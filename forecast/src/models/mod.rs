@@ -71,11 +71,3 @@ pub trait Model {
     /// Heap bytes held.
     fn bytes(&self) -> usize;
 }
-
-/// All slices of a model's learning.
-pub fn learn_all(model: &mut dyn Model, sample: &Sample) {
-    let mut slice = 0;
-    while !model.learn(sample, slice) {
-        slice += 1;
-    }
-}

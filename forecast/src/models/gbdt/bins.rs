@@ -2,7 +2,7 @@
 
 use crate::codec::{Reader, Writer};
 use crate::error::DecodeError;
-use crate::features::{ROW_FEATURES, Row};
+use crate::features::{ORIGIN_FEATURES, ROW_FEATURES, Row};
 
 /// Classes a feature, class 0 (unknown) included.
 pub const BINS: usize = 64;
@@ -36,13 +36,19 @@ impl Bins {
         Self { bounds }
     }
 
-    /// `row` binned.
-    pub fn row(&self, row: &Row) -> BinnedRow {
-        let mut out = [0; ROW_FEATURES];
-        for ((out, &value), bounds) in out.iter_mut().zip(row).zip(&self.bounds) {
-            *out = class(bounds, value);
-        }
-        out
+    /// The rows of one origin, binned: its own features are the same in all.
+    pub fn rows(&self, rows: &[Row]) -> Vec<BinnedRow> {
+        let mut binned = [0; ROW_FEATURES];
+        let mut from = 0;
+        rows.iter()
+            .map(|row| {
+                for ((out, &value), bounds) in binned.iter_mut().zip(row).zip(&self.bounds).skip(from) {
+                    *out = class(bounds, value);
+                }
+                from = ORIGIN_FEATURES;
+                binned
+            })
+            .collect()
     }
 
     /// All rows, a column a feature.

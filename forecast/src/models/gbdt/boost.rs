@@ -48,15 +48,17 @@ pub struct Booster {
 }
 
 impl Booster {
-    /// Values of all levels for a binned row of `group`.
-    pub fn predict(&self, row: &BinnedRow, group: usize) -> Leaf {
-        let mut sum = self.start.get(group).copied().unwrap_or_default();
+    /// Values of all levels for binned rows, one of each group. Tree by tree, each of which is then read once.
+    pub fn predict(&self, rows: &[BinnedRow]) -> Vec<Leaf> {
+        let mut sums: Vec<Leaf> = (0..rows.len()).map(|g| self.start.get(g).copied().unwrap_or_default()).collect();
         for tree in &self.trees {
-            for (s, v) in sum.iter_mut().zip(tree.value(row)) {
-                *s += v;
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                for (s, v) in sum.iter_mut().zip(tree.value(row)) {
+                    *s += v;
+                }
             }
         }
-        sum
+        sums
     }
 
     pub fn bytes(&self) -> usize {

@@ -112,8 +112,11 @@ impl Model for Gbdt {
     fn forecast(&self, input: &Input, out: &mut [Quantiles]) {
         let last = input.history.values()[input.origin];
         out.fill([last; LEVEL_COUNT]);
-        for (step, ((out, &unit), row)) in out.iter_mut().zip(&self.units).zip(input.rows).enumerate() {
-            let values = self.booster.predict(&self.bins.row(row), step);
+        if self.units.is_empty() {
+            return;
+        }
+        let predicted = self.booster.predict(&self.bins.rows(input.rows));
+        for (step, ((out, &unit), values)) in out.iter_mut().zip(&self.units).zip(predicted).enumerate() {
             let base = match self.base {
                 Base::Last => 0.0,
                 Base::Linear => input.linear.get(step).copied().unwrap_or(0.0),

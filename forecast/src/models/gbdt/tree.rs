@@ -17,9 +17,8 @@ pub(super) struct Node {
     feature: u8,
     /// Classes up to this one go left.
     class: u8,
-    /// Index of the children; a leaf is `!index` into the leaves.
-    left: i32,
-    right: i32,
+    /// Index of the left and the right child; a leaf is `!index` into the leaves.
+    children: [i32; 2],
 }
 
 #[derive(Debug, Clone, Default)]
@@ -36,7 +35,8 @@ impl Tree {
         }
         while at >= 0 {
             let node = &self.nodes[at as usize];
-            at = if class(usize::from(node.feature)) <= node.class { node.left } else { node.right };
+            // By index, not by branch: which way it goes cannot be guessed.
+            at = node.children[usize::from(class(usize::from(node.feature)) > node.class)];
         }
         !at as usize
     }
@@ -87,9 +87,9 @@ impl Grower<'_> {
             let middle =
                 node.range.start + partition(&mut rows[node.range.clone()], |r| column[r as usize] <= split.class);
             let at = nodes.len();
-            nodes.push(Node { feature: split.feature as u8, class: split.class, left: 0, right: 0 });
+            nodes.push(Node { feature: split.feature as u8, class: split.class, children: [0; 2] });
             if let Some((parent, left)) = node.parent {
-                if left { nodes[parent].left = at as i32 } else { nodes[parent].right = at as i32 }
+                nodes[parent].children[usize::from(!left)] = at as i32;
             }
             let (left, right) = (node.range.start..middle, middle..node.range.end);
             let left_is_small = left.len() <= right.len();
@@ -111,7 +111,7 @@ impl Grower<'_> {
         for (leaf, node) in open.into_iter().enumerate() {
             if let Some((parent, left)) = node.parent {
                 let index = !(leaf as i32);
-                if left { nodes[parent].left = index } else { nodes[parent].right = index }
+                nodes[parent].children[usize::from(!left)] = index;
             }
             ranges.push(node.range);
         }
@@ -231,8 +231,7 @@ impl Tree {
         for node in &self.nodes {
             out.u8(node.feature);
             out.u8(node.class);
-            out.u32(node.left as u32);
-            out.u32(node.right as u32);
+            node.children.iter().for_each(|&c| out.u32(c as u32));
         }
         self.leaves.iter().flatten().for_each(|&v| out.f32(v));
     }
@@ -250,7 +249,7 @@ impl Tree {
             if usize::from(feature) >= ROW_FEATURES || !valid(left) || !valid(right) {
                 return Err(from.range("tree node"));
             }
-            tree.nodes.push(Node { feature, class, left, right });
+            tree.nodes.push(Node { feature, class, children: [left, right] });
         }
         for _ in 0..=count {
             let mut leaf = [0.0; LEVEL_COUNT];

@@ -108,12 +108,6 @@ impl<F: NdFloat> Net<F> {
         net
     }
 
-    /// Parameters given, if their shapes are right.
-    pub fn from_blocks(sizes: Sizes, blocks: Vec<Array2<F>>) -> Option<Self> {
-        let right = blocks.len() == BLOCKS && blocks.iter().zip(Self::shapes(sizes)).all(|(b, s)| b.dim() == s);
-        right.then_some(Self { sizes, blocks })
-    }
-
     pub fn sizes(&self) -> Sizes {
         self.sizes
     }
