@@ -3,13 +3,20 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::{BACK_WITHIN, Bed, GUEST, INTERVAL, Random, one_lab};
-use virt_shadow::api::types::{Consistency, ConsistencyMode, GuestView, OnLoss, Quorum};
-use virt_shadow::lab::QemuUser;
+use virt_shadow::api::types::{Consistency, ConsistencyMode, GuestState, GuestView, OnLoss, Quorum};
+use virt_shadow::lab::fleet::Fleet;
+use virt_shadow::lab::history::{Act, Call, is_linearizable};
+use virt_shadow::lab::{GuestOptions, Lab, LabOptions, QemuUser};
 
 /// How long output may stay away when something of ours fails: the bound is 200 ms, this machine may be busy.
 const OPEN_WITHIN: Duration = Duration::from_millis(900);
@@ -76,6 +83,136 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
     let released = |view: &GuestView| view.capture.output.released_frames_total > 0;
     bed.fleet.wait(GUEST, "frames that were held", BACK_WITHIN, released).unwrap();
     bed.lab.guest_client(bed.guest.ip).unwrap().verify().unwrap();
+}
+
+#[test]
+fn registers_are_linearizable_over_a_failover() {
+    const REGISTERS: u64 = 4;
+    const CLIENTS: u64 = 8;
+    let _one_lab = one_lab();
+    let bed = Bed::raise("linear", 2, 1, QemuUser::Root);
+    enable(&bed, output_commit(Quorum::All, OnLoss::Consistency));
+    let (clock, stop) = (Instant::now(), AtomicBool::new(false));
+    let histories: Mutex<BTreeMap<u64, Vec<Call>>> = Mutex::default();
+    std::thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let (bed, stop, histories) = (&bed, &stop, &histories);
+            scope.spawn(move || {
+                let mut connection = bed.lab.guest_client(bed.guest.ip).unwrap();
+                connection.set_timeout(Some(Duration::from_secs(20))).unwrap();
+                for number in 1u64.. {
+                    let register = (client + number) % REGISTERS;
+                    let written = (number % 2 == 0).then_some(client << 32 | number);
+                    let began = clock.elapsed().as_nanos() as u64;
+                    let answer = match written {
+                        Some(value) => connection.ask(&format!("put r{register} {value}")),
+                        None => connection.ask(&format!("get r{register}")),
+                    };
+                    let ended = clock.elapsed().as_nanos() as u64;
+                    let answer = answer.unwrap_or_else(|error| panic!("a connection is lost: {error}"));
+                    let act = match written {
+                        Some(value) => {
+                            assert_eq!(answer, "ok");
+                            Act::Write(value)
+                        }
+                        None => Act::Read(answer.parse().unwrap()),
+                    };
+                    let call = Call { began, ended: Some(ended), act };
+                    histories.lock().unwrap().entry(register).or_default().push(call);
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(1_500));
+        bed.lab.power_cut("host1").unwrap();
+        bed.fleet.wait(GUEST, "another primary", BACK_WITHIN, |view| view.primary.host == "host2").unwrap();
+        std::thread::sleep(Duration::from_millis(1_500));
+        stop.store(true, Ordering::Relaxed);
+    });
+    for (register, calls) in histories.into_inner().unwrap() {
+        println!("register {register}: {} calls", calls.len());
+        assert!(calls.len() > 20);
+        assert!(is_linearizable(calls.clone(), 0), "register {register} went back: {calls:?}");
+    }
+}
+
+#[test]
+#[ignore = "downloads packages"]
+fn redis_loses_nothing_that_was_acknowledged() {
+    const CONNECTIONS: usize = 50;
+    let _one_lab = one_lab();
+    let mut random = Random::from_env();
+    let rounds: u32 = std::env::var("ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    let lab = Lab::up(&LabOptions { hosts: 3, racks: 3, ..LabOptions::for_test("redis-told") }).unwrap();
+    let fleet = Fleet::of(&lab).unwrap();
+    fleet.wait_hosts(3, BACK_WITHIN).unwrap();
+    let mut options = GuestOptions::new("redis", "host1");
+    options.workload = "redis".parse().unwrap();
+    options.memory_mib = options.workload.default_memory_mib();
+    let guest = lab.guest(&options, true).unwrap();
+    let consistency = output_commit(Quorum::All, OnLoss::Consistency);
+    fleet.enable_with("redis", "host1", 1, INTERVAL, consistency).unwrap();
+    let holding = |view: &GuestView| view.state == GuestState::Protected && view.capture.output.gate == "holding";
+    let (stop, acknowledged) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for number in 0..CONNECTIONS {
+            let stream = lab.connect_from_client(guest.ip, 6379).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            let mut redis = Redis(BufReader::new(stream));
+            let (stop, acknowledged) = (&stop, &acknowledged);
+            scope.spawn(move || {
+                // Keys of this connection alone: what it was told last is what there must be.
+                for count in 1u64.. {
+                    assert_eq!(redis.ask(&format!("INCR told:count:{number}")), format!(":{count}"));
+                    assert_eq!(redis.ask(&format!("SET told:value:{number} {count}")), "+OK");
+                    assert_eq!(redis.ask(&format!("GETRANGE told:value:{number} 0 -1")), count.to_string());
+                    acknowledged.fetch_add(3, Ordering::Relaxed);
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        let cuts = || {
+            for round in 0..rounds {
+                let host = fleet.wait("redis", "output held", 2 * BACK_WITHIN, holding).unwrap().primary.host;
+                let before = acknowledged.load(Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(1_000 + random.below(2_000)));
+                let held = acknowledged.load(Ordering::Relaxed) - before;
+                lab.power_cut(&host).unwrap();
+                fleet.wait("redis", "another primary", BACK_WITHIN, |view| view.primary.host != host).unwrap();
+                lab.power_on(&host).unwrap();
+                fleet.wait_hosts(3, BACK_WITHIN).unwrap();
+                println!("round {round}: {held} acknowledgements while held, {CONNECTIONS} connections alive");
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(cuts));
+        stop.store(true, Ordering::Relaxed);
+        if let Err(panic) = outcome {
+            std::panic::resume_unwind(panic);
+        }
+    });
+    println!("{} acknowledgements, none lost", acknowledged.into_inner());
+}
+
+/// One connection to redis.
+struct Redis(BufReader<TcpStream>);
+
+impl Redis {
+    fn ask(&mut self, command: &str) -> String {
+        self.0.get_mut().write_all(format!("{command}\r\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        if line.starts_with('$') {
+            line.clear();
+            self.0.read_line(&mut line).unwrap();
+        }
+        assert!(line.ends_with("\r\n"), "the connection is lost");
+        line.trim_end().to_owned()
+    }
 }
 
 #[test]

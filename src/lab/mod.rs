@@ -22,6 +22,7 @@ pub mod demo;
 mod error;
 pub mod fleet;
 mod guest;
+pub mod history;
 mod host;
 mod image;
 mod init;

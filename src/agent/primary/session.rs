@@ -38,6 +38,8 @@ const REASON_WITHIN: Duration = Duration::from_millis(1_500);
 const REASON_OF_CLEAN_END_WITHIN: Duration = Duration::from_secs(5);
 /// The loop looks at its timers at least this often.
 const TICK: Duration = Duration::from_millis(50);
+/// With an output gate the status is left for the heartbeat only so often.
+const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 
 pub(super) enum Input {
     Update(PrimarySpec),
@@ -104,6 +106,7 @@ pub(super) struct Session {
     pub(super) totals: super::capturing::Totals,
     pub(super) epochs: EpochNumbers,
     pub(super) output: Output,
+    publish_at: Instant,
 }
 
 struct Link {
@@ -140,6 +143,7 @@ impl Session {
             totals: Default::default(),
             epochs,
             output,
+            publish_at: Instant::now(),
         }
     }
 
@@ -437,6 +441,12 @@ impl Session {
     }
 
     fn publish(&mut self) {
+        // Cut on demand, a guest has hundreds of turns a second, and output waits for each.
+        let now = Instant::now();
+        if self.output.is_on() && self.capturing.is_some() && now < self.publish_at {
+            return;
+        }
+        self.publish_at = now + PUBLISH_EVERY;
         let mut status = self.status.lock().unwrap_or_else(|p| p.into_inner());
         status.term = self.spec.term;
         let output = self.output.stats();
