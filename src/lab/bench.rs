@@ -147,7 +147,7 @@ impl Bench {
 
     fn guest(&self, lab: &Lab, name: &str, host: &str, memory_mib: u32, workload: &str) -> Result<StartedGuest> {
         let workload: Workload = workload.parse().map_err(LabError::Product)?;
-        lab.guest(&GuestOptions { memory_mib, workload, ..GuestOptions::new(name, host) }, true)
+        lab.guest(&GuestOptions { memory_mib, workload, balloon: false, ..GuestOptions::new(name, host) }, true)
     }
 
     fn print(&self, row: &Row) {

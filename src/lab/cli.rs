@@ -112,6 +112,9 @@ enum LabCommand {
         /// Create it without a definition that outlives it
         #[arg(long)]
         transient: bool,
+        /// Without the virtio balloon that libvirt gives every guest: less state to write and to load
+        #[arg(long)]
+        no_balloon: bool,
         /// Do not wait until it answers
         #[arg(long)]
         no_wait: bool,
@@ -251,10 +254,31 @@ impl Cli {
                 let status = open()?.status()?;
                 print(json, &status, || status.to_text());
             }
-            LabCommand::Guest { guest, host, memory, cpus, workload, machine, backing, transient, no_wait } => {
+            LabCommand::Guest {
+                guest,
+                host,
+                memory,
+                cpus,
+                workload,
+                machine,
+                backing,
+                transient,
+                no_balloon,
+                no_wait,
+            } => {
+                let balloon = !no_balloon;
                 let memory_mib = memory.unwrap_or_else(|| workload.default_memory_mib());
-                let options =
-                    GuestOptions { name: guest, host, memory_mib, cpus, workload, machine, backing, transient };
+                let options = GuestOptions {
+                    name: guest,
+                    host,
+                    memory_mib,
+                    cpus,
+                    workload,
+                    machine,
+                    backing,
+                    transient,
+                    balloon,
+                };
                 let mut lab = open()?;
                 lab.verbose = true;
                 let started = lab.guest(&options, !no_wait)?;

@@ -119,10 +119,12 @@ pub struct GuestOptions {
     pub backing: Backing,
     /// Gone when it ends: created, not defined.
     pub transient: bool,
+    /// With a virtio balloon, as libvirt adds one where a definition says nothing.
+    pub balloon: bool,
 }
 
 impl GuestOptions {
-    /// 256 MiB, one CPU, idle, q35, anonymous memory, defined.
+    /// 256 MiB, one CPU, idle, q35, anonymous memory, defined, with a balloon.
     pub fn new(name: &str, host: &str) -> Self {
         Self {
             name: name.into(),
@@ -133,6 +135,7 @@ impl GuestOptions {
             machine: Machine::Q35,
             backing: Backing::Anonymous,
             transient: false,
+            balloon: true,
         }
     }
 
@@ -201,6 +204,7 @@ impl GuestOptions {
             Backing::Anonymous => "",
             Backing::Memfd => "\n  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
         };
+        let balloon = if self.balloon { "virtio" } else { "none" };
         let Self { name, memory_mib, cpus, workload, .. } = self;
         let GuestState { uuid, ip, mac, .. } = guest;
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
@@ -230,7 +234,7 @@ lab.workload={workload}</cmdline>
       <driver name='qemu'/>
     </interface>
     <serial type='file'><source path='{CONSOLE_DIR}/{name}.log' append='on'/><target port='0'/></serial>
-    <memballoon model='virtio'/>
+    <memballoon model='{balloon}'/>
     <video><model type='none'/></video>
     <audio id='1' type='none'/>
   </devices>
