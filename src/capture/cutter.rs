@@ -5,8 +5,9 @@
 //! agent                                   QEMU
 //! guard.begin ----------------------------------------> (guard: from now on at most `bound`)
 //! xen-save-devices-state -- libvirt -->   stops the vCPUs, drains I/O
-//!                        <-- pipe -----   writes the state, as much of it as the pipe holds
-//! collect written pages, copy them        (goes on with the state; waits; the guest is stopped)
+//!                        <-- pipe -----   writes the state, waits: the pipe holds one page
+//! find written pages, by several threads  (waits)
+//! widen the pipe, copy the pages          goes on with the state, waits again before its end
 //! read the pipe empty                     finishes, starts the guest
 //!                        <-- reply ----
 //! guard.end ------------------------------------------> void if it fired
@@ -25,8 +26,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmsync::batch::PageBatch;
 use vmsync::output::Mark;
 use vmsync::page_set::PageSet;
-use vmsync::units::PAGE_SIZE;
+use vmsync::units::{PAGE_SIZE, PageAddr};
 
+use super::crew::{self, Crew};
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
 use super::tracker::{LiveReads, Tracker, TrackerError};
@@ -53,6 +55,8 @@ pub enum CutError {
     Tracker(#[from] TrackerError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Crew(#[from] crew::Lost),
     #[error("device state: {0}")]
     DeviceState(String),
     #[error("pipe from QEMU: {0}")]
@@ -116,7 +120,7 @@ impl StatePipe {
         Ok(())
     }
 
-    /// From the next cut on QEMU waits for us after so many bytes, a power of two pages.
+    /// QEMU waits for us after so many bytes, a power of two pages.
     fn hold(&self, bytes: usize) -> io::Result<()> {
         fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(bytes as i32)).map(drop).map_err(Into::into)
     }
@@ -157,6 +161,8 @@ impl StatePipe {
     }
 }
 
+type Copiers = Crew<(Vec<PageAddr>, PageBatch), Result<PageBatch, MemoryError>>;
+
 /// Cuts one guest.
 pub struct Cutter {
     guard: Arc<Guard>,
@@ -169,12 +175,38 @@ pub struct Cutter {
     /// Pages found by cuts that failed: their contents never left.
     carried: PageSet,
     bound: Duration,
+    copiers: Copiers,
+    /// How many pages the next cut will bring, roughly.
+    pages_hint: usize,
     state_bytes_hint: usize,
-    /// May be read from the pipe before memory has been captured; see [`held_bytes`].
+    /// Room in the pipe while pages are copied, and what may be read from it before: see [`held_bytes`].
+    room_bytes: usize,
     spare_bytes: usize,
 }
 
-/// How much of a state of `len` bytes QEMU may write while we scan and copy: room in the pipe (a power of two), and what
+/// The contents of `pages`, in parts whose order is theirs.
+fn copy_pages(
+    memory: &GuestMemory,
+    copiers: &mut Copiers,
+    pages: &PageSet,
+    spare: PageBatch,
+) -> Result<Vec<PageBatch>, CutError> {
+    let hands = crew::hands_for(pages.len() * PAGE_SIZE as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
+    if hands == 1 {
+        return Ok(vec![memory.read(pages.iter(), spare)?]);
+    }
+    let pages: Vec<PageAddr> = pages.iter().collect();
+    let mut spare = Some(spare);
+    let part = |pages: &[PageAddr]| (pages.to_vec(), spare.take().unwrap_or_default());
+    let parts: Vec<_> = pages.chunks(pages.len().div_ceil(hands)).map(part).collect();
+    let copied = copiers.run(parts, |(pages, spare)| memory.read(pages.into_iter(), spare));
+    copied.into_iter().map(|part| Ok(part??)).collect()
+}
+
+/// Less is not worth waking a thread for.
+const COPY_LEAST_BYTES: u64 = 2 << 20;
+
+/// How much of a state of `len` bytes QEMU may write while we copy: room in the pipe (a power of two), and what
 /// may be read from it meanwhile. QEMU must still have something to write when we are done, as the guest runs on after
 /// the last byte; so well below what the state was last time, and every cut checks it.
 fn held_bytes(len: usize) -> (usize, usize) {
@@ -192,9 +224,13 @@ impl Cutter {
         tracker: Box<dyn Tracker>,
         bound: Duration,
     ) -> Result<Self, CutError> {
-        let slot = guard.watch(pipe.read_end.as_fd())?;
+        let slot = guard.watch(pipe.read_end.as_fd(), memory.pid())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
         let carried = PageSet::new(memory.layout());
+        let hands = crew::hands_for(memory.layout().total_bytes(), COPY_LEAST_BYTES);
+        let copy =
+            |memory: GuestMemory| move |(pages, spare): (Vec<PageAddr>, _)| memory.read(pages.into_iter(), spare);
+        let copiers = Crew::start("copier", (1..hands).map(|_| copy(memory.clone()))).map_err(CutError::Pipe)?;
         Ok(Self {
             guard,
             slot,
@@ -205,7 +241,10 @@ impl Cutter {
             at_stop: None,
             carried,
             bound,
+            copiers,
+            pages_hint: 0,
             state_bytes_hint: 64 << 10,
+            room_bytes: PAGE_SIZE,
             spare_bytes: 0,
         })
     }
@@ -229,7 +268,7 @@ impl Cutter {
 
     /// Goes on with another guard, after the one we had was lost.
     pub fn set_guard(&mut self, guard: Arc<Guard>) {
-        match guard.watch(self.pipe.read_end.as_fd()) {
+        match guard.watch(self.pipe.read_end.as_fd(), self.memory.pid()) {
             Ok(slot) => (self.guard, self.slot) = (guard, slot),
             Err(error) => tracing::error!(%error, "the new guard does not take the pipe"),
         }
@@ -249,9 +288,12 @@ impl Cutter {
     pub fn cut(&mut self, extras: &PageSet) -> Result<Captured, CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let (mut pages, mut extra_pages) = (PageBatch::new(), PageBatch::new());
+        let (mut parts, mut extra_pages) = (Vec::new(), PageBatch::new());
         let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
         let (at_stop, mut mark) = (self.at_stop.clone(), None);
+        // Found before the guest stops: what it dirtied in the cut before is what it will have dirtied in this one.
+        let mut spare = PageBatch::with_capacity(self.pages_hint);
+        let mut copiers = std::mem::take(&mut self.copiers);
         let outcome = self.stopped(|tracker, carried, let_qemu_go_on| {
             let began = Instant::now();
             mark = at_stop.as_ref().and_then(|at_stop| at_stop());
@@ -262,13 +304,18 @@ impl Cutter {
             found?;
             scan = began.elapsed();
             let_qemu_go_on();
-            pages = memory.read(dirty.iter(), std::mem::take(&mut pages))?;
+            parts = copy_pages(&memory, &mut copiers, &dirty, std::mem::take(&mut spare))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             copy = began.elapsed() - scan;
             Ok(())
         });
+        self.copiers = copiers;
         let (device_state, at, held) = outcome?;
         self.carried.clear();
+        let mut parts = parts.into_iter();
+        let mut pages = parts.next().unwrap_or_default();
+        parts.for_each(|part| pages.append(part));
+        self.pages_hint = pages.len() + pages.len() / 4;
         Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mark })
     }
 
@@ -309,7 +356,11 @@ impl Cutter {
                 if began.is_none() {
                     began = Some(Instant::now());
                     let mut spare = self.spare_bytes;
-                    let mut go_on = || spare -= self.pipe.read_at_most(spare, &mut state);
+                    let mut go_on = || {
+                        // Where the kernel gives no more room, it waits as before.
+                        let _ = self.pipe.hold(self.room_bytes);
+                        spare -= self.pipe.read_at_most(spare, &mut state);
+                    };
                     worked = Some(work(&mut *self.tracker, &mut self.carried, &mut go_on));
                     filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
@@ -323,11 +374,10 @@ impl Cutter {
             }
         };
         let ended = Instant::now();
-        // The room for the next cut: what this state allows, or the least until one has come through.
-        let (room, spare) =
+        self.pipe.hold(PAGE_SIZE).map_err(CutError::Pipe)?;
+        // The room while the next cut copies: what this state allows, or the least until one has come through.
+        (self.room_bytes, self.spare_bytes) =
             if answer.is_ok() && state.len() > filled { held_bytes(state.len()) } else { (PAGE_SIZE, 0) };
-        self.pipe.hold(room).map_err(CutError::Pipe)?;
-        self.spare_bytes = spare;
         let fired = self.guard.end(self.slot)?;
         if fired {
             return Err(CutError::WatchdogFired(self.bound));

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! agent --- seqpacket socket --- guard (child of the agent, own process: a SIGSTOP of the agent does not stop it)
-//!   Watch{slot} + read end  ->          keeps a copy of the read end of QEMU's pipe
-//!   Begin{slot, bound}      ->          from now on QEMU may stand still, waiting for a reader of that pipe
-//!   End{slot}               ->  Ended{fired}
+//!   Watch{slot, pid} + read end  ->     keeps a copy of the read end of QEMU's pipe
+//!   Begin{slot, bound}      ->          from now on QEMU may stand still, waiting for a reader of that pipe; its
+//!                                       main thread, which writes to it, is preferred ([`super::priority`])
+//!   End{slot}               ->  Ended{fired}; the thread runs as others do again
 //!   Inject{pid, what}       ->  Injected + descriptor     (in a child of its own: a hung ptrace is killed)
 //! ```
 //! Outside a cut the guard reads every pipe empty: a command that reaches QEMU late, when nobody waits for it any
@@ -26,6 +27,7 @@ use nix::sys::socket::{
 };
 
 use super::inject::Target;
+use super::priority;
 
 /// The descriptor the guard finds its socket at.
 const GUARD_SOCKET_FD: RawFd = 3;
@@ -123,12 +125,12 @@ impl Guard {
         self.lock().child.id()
     }
 
-    /// Gives the guard a copy of a pipe's read end.
-    pub fn watch(&self, read_end: BorrowedFd) -> Result<Slot, GuardError> {
+    /// Gives the guard a copy of the read end of a pipe that QEMU's process `pid` writes to.
+    pub fn watch(&self, read_end: BorrowedFd, pid: i32) -> Result<Slot, GuardError> {
         let mut inner = self.lock();
         let slot = inner.next_slot;
         inner.next_slot = inner.next_slot.wrapping_add(1);
-        send(&inner.socket, Message::new(Op::Watch, slot, 0), Some(read_end)).map_err(GuardError::Lost)?;
+        send(&inner.socket, Message::new(Op::Watch, slot, i64::from(pid)), Some(read_end)).map_err(GuardError::Lost)?;
         Ok(Slot(slot))
     }
 
@@ -271,9 +273,56 @@ fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
     Ok((message, String::from_utf8_lossy(&bytes[16..length]).into_owned(), fd))
 }
 
+/// QEMU's main thread, whose number is that of the process.
+struct Writer {
+    pid: libc::pid_t,
+    /// Becomes readable when the process ends: its number may then be another's.
+    process: Option<OwnedFd>,
+}
+
+impl Writer {
+    fn new(pid: libc::pid_t) -> Self {
+        // SAFETY: integers only; the descriptor is new and nobody else's.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        // SAFETY: as above.
+        let process = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+        let writer = Self { pid, process };
+        // An agent that died in the middle of a cut together with its guard.
+        writer.usual();
+        writer
+    }
+
+    fn runs(&self) -> bool {
+        let Some(process) = &self.process else { return false };
+        let mut polled = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one live element.
+        unsafe { libc::poll(&mut polled, 1, 0) == 0 }
+    }
+
+    fn prefer(&self) {
+        if self.runs() {
+            priority::prefer(self.pid);
+        }
+    }
+
+    fn usual(&self) {
+        if self.runs() {
+            priority::usual(self.pid);
+        }
+    }
+}
+
+/// However the guard or the watching ends, nothing is left behind.
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.usual();
+    }
+}
+
 /// A watched pipe in the guard process.
 struct Watched {
     read_end: OwnedFd,
+    writer: Writer,
     /// Until when the agent may read the pipe; `None`: we do.
     deadline: Option<Instant>,
     fired: bool,
@@ -286,6 +335,7 @@ impl Watched {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             self.deadline = None;
             self.fired = true;
+            self.writer.usual();
         }
     }
 
@@ -319,6 +369,7 @@ pub fn main() -> ! {
     // long, but it is the closing of the socket, not a signal, that tells it: it may be in the middle of a release.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"virtshadow-grd".as_ptr()) };
     let _ = nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    priority::hurry();
     let code = match serve(&socket) {
         Ok(()) => 0,
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
@@ -375,7 +426,8 @@ fn handle(
     match message.op {
         op if op == Op::Watch as u32 => {
             if let Some(read_end) = fd.filter(|_| watched.len() < MAX_SLOTS) {
-                watched.insert(slot, Watched { read_end, deadline: None, fired: false, dead: false });
+                let writer = Writer::new(message.value as libc::pid_t);
+                watched.insert(slot, Watched { read_end, writer, deadline: None, fired: false, dead: false });
             }
         }
         op if op == Op::Unwatch as u32 => {
@@ -384,12 +436,14 @@ fn handle(
         op if op == Op::Begin as u32 => {
             if let Some(pipe) = watched.get_mut(&slot) {
                 pipe.fired = false;
+                pipe.writer.prefer();
                 pipe.deadline = Some(Instant::now() + Duration::from_micros(message.value.max(0) as u64));
             }
         }
         op if op == Op::End as u32 => {
             let fired = watched.get_mut(&slot).is_none_or(|pipe| {
                 pipe.deadline = None;
+                pipe.writer.usual();
                 std::mem::take(&mut pipe.fired)
             });
             send(socket, Message::new(Op::Ended, slot, i64::from(fired)), None)?;

@@ -1,9 +1,11 @@
 //! The primary's side: which pages changed, the cut, and the reading of guest memory.
 
 pub mod attach;
+mod crew;
 pub mod cutter;
 pub mod guard;
 pub mod inject;
 pub mod memory;
+pub mod priority;
 pub mod tracker;
 pub mod uffd;

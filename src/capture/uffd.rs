@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use libc::{c_ulong, c_void};
 
@@ -90,7 +91,8 @@ pub enum ProtectMode {
 
 /// A userfaultfd of another process, set up for write tracking.
 pub struct WriteTracker {
-    uffd: OwnedFd,
+    uffd: Arc<OwnedFd>,
+    pid: i32,
     pagemap: File,
     regions: Vec<PageRegion>,
     mode: ProtectMode,
@@ -101,15 +103,24 @@ impl WriteTracker {
     pub fn new(uffd: OwnedFd, pid: i32, mode: ProtectMode) -> io::Result<Self> {
         let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
         ioctl(&uffd, UFFDIO_API, &mut api)?;
+        Self::with(Arc::new(uffd), pid, mode)
+    }
+
+    fn with(uffd: Arc<OwnedFd>, pid: i32, mode: ProtectMode) -> io::Result<Self> {
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-        Ok(Self { uffd, pagemap, regions: vec![PageRegion::default(); REGIONS_PER_CALL], mode })
+        Ok(Self { uffd, pid, pagemap, regions: vec![PageRegion::default(); REGIONS_PER_CALL], mode })
+    }
+
+    /// The same tracking, for another thread to collect other ranges at the same time.
+    pub fn another(&self) -> io::Result<Self> {
+        Self::with(Arc::clone(&self.uffd), self.pid, self.mode)
     }
 
     /// Starts tracking `[start, start + len)` of the other process, page aligned. Everything in it counts as written
     /// until it is first collected.
     pub fn register(&self, start: u64, len: u64) -> io::Result<()> {
         let mut request = UffdioRegister { start, len, mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
-        ioctl(&self.uffd, UFFDIO_REGISTER, &mut request).map(|_| ())
+        ioctl(&*self.uffd, UFFDIO_REGISTER, &mut request).map(|_| ())
     }
 
     /// Calls `found(start, end)` for each range written since the last collection and protects it again.
@@ -155,7 +166,7 @@ impl WriteTracker {
     fn protect(&self, start: u64, len: u64) -> io::Result<()> {
         let mut request = UffdioWriteprotect { start, len, mode: UFFDIO_WRITEPROTECT_MODE_WP };
         loop {
-            match ioctl(&self.uffd, UFFDIO_WRITEPROTECT, &mut request) {
+            match ioctl(&*self.uffd, UFFDIO_WRITEPROTECT, &mut request) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue, // the mappings just changed
                 other => return other.map(|_| ()),
             }

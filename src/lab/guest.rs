@@ -194,7 +194,7 @@ impl GuestOptions {
     pub fn xml(&self, guest: &GuestState, image: &GuestImage) -> String {
         let (machine, controllers) = match self.machine {
             Machine::Q35 => {
-                let ports = 2 + SPARE_ROOT_PORTS;
+                let ports = 1 + usize::from(self.balloon) + SPARE_ROOT_PORTS;
                 let port = "<controller type='pci' model='pcie-root-port'/>\n    ";
                 ("q35", format!("<controller type='pci' index='0' model='pcie-root'/>\n    {}", port.repeat(ports)))
             }

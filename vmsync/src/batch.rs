@@ -46,6 +46,12 @@ impl PageBatch {
         self.bytes.extend_from_slice(page);
     }
 
+    /// Adds what `other` holds.
+    pub fn append(&mut self, mut other: Self) {
+        self.addrs.append(&mut other.addrs);
+        self.bytes.append(&mut other.bytes);
+    }
+
     pub fn len(&self) -> usize {
         self.addrs.len()
     }

@@ -415,7 +415,9 @@ impl Capturing {
             // libvirtd may be away for long; what the tracker knows is kept until it is back.
             CutError::Monitor(reason) => tracing::debug!(guest = self.guest, reason, "cut refused"),
             CutError::DeviceState(_) => tracing::warn!(guest = self.guest, %error, "a cut brought no usable state"),
-            CutError::Tracker(_) | CutError::Memory(_) | CutError::Pipe(_) => self.trouble = Some(error.to_string()),
+            CutError::Tracker(_) | CutError::Memory(_) | CutError::Crew(_) | CutError::Pipe(_) => {
+                self.trouble = Some(error.to_string())
+            }
         }
         // Not again at once: whatever is wrong, the guest shall not be stopped for nothing 20 times a second.
         let pause = self.pacer.interval().max(Duration::from_millis(50)) * self.failures.min(20);

@@ -8,6 +8,7 @@ use vmsync::page_set::PageSet;
 
 use crate::capture::cutter::{Captured, CutError, Cutter};
 use crate::capture::guard::Guard;
+use crate::capture::priority;
 
 /// What the thread can be told.
 enum Order {
@@ -26,17 +27,6 @@ pub enum CutAnswer {
     Collected(Result<(PageSet, Instant), CutError>),
 }
 
-/// Lets this thread run as soon as it can: while it waits for a processor, the guest stands still. It works for a
-/// millisecond at a time and the guard bounds it. Without the right to it (CAP_SYS_NICE) it runs as others do.
-fn hurry() {
-    let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: 0 means this thread; the parameters are alive for the call.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &parameters) };
-    if result < 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "cuts run at the usual priority");
-    }
-}
-
 /// Handle of the thread; dropped, the thread ends after the order it works on, and the cutter with it.
 pub struct CutThread {
     orders: Sender<Order>,
@@ -46,7 +36,7 @@ impl CutThread {
     pub fn start(mut cutter: Cutter, answer: impl Fn(CutAnswer) + Send + 'static) -> std::io::Result<Self> {
         let (orders, received): (Sender<Order>, Receiver<Order>) = channel();
         std::thread::Builder::new().name("cutter".into()).spawn(move || {
-            hurry();
+            priority::hurry();
             while let Ok(order) = received.recv() {
                 match order {
                     Order::Prepare => answer(CutAnswer::Prepared(cutter.prepare())),

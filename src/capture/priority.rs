@@ -1,0 +1,78 @@
+//! Who runs first while a guest stands still: the agent's threads that it waits for, and QEMU's main thread, which
+//! writes its state. Without the right to it (CAP_SYS_NICE), or where a control group gives no real-time share, all run
+//! as others do, and pauses are longer on a busy host.
+//!
+//! QEMU's thread is preferred for the time of a cut only, by the guard, which outlives an agent that stopped or died
+//! ([`super::guard`]). SCHED_RESET_ON_FORK keeps what the thread starts at the usual priority, and tells the policy we set
+//! from one that an operator set.
+
+use std::io;
+
+/// The lowest real-time priority: before everything usual, after everything else that is real-time.
+const PRIORITY: libc::c_int = 1;
+const OURS: libc::c_int = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
+
+/// Lets this thread run as soon as it can. It works for a millisecond at a time, and the guard bounds it.
+pub fn hurry() {
+    if let Err(error) = set(0, OURS, PRIORITY) {
+        tracing::debug!(%error, "cuts run at the usual priority");
+    }
+}
+
+/// Prefers thread `tid` until [`usual`]; a thread whose policy is not the usual one is left alone.
+pub fn prefer(tid: libc::pid_t) {
+    if policy(tid) == Some(libc::SCHED_OTHER) {
+        let _ = set(tid, OURS, PRIORITY);
+    }
+}
+
+/// Undoes [`prefer`], if that is what the thread has.
+pub fn usual(tid: libc::pid_t) {
+    if policy(tid) == Some(OURS) {
+        let _ = set(tid, libc::SCHED_OTHER, 0);
+    }
+}
+
+fn policy(tid: libc::pid_t) -> Option<libc::c_int> {
+    // SAFETY: an integer in, an integer out.
+    let policy = unsafe { libc::sched_getscheduler(tid) };
+    (policy >= 0).then_some(policy)
+}
+
+fn set(tid: libc::pid_t, policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: the parameters are alive for the call.
+    match unsafe { libc::sched_setscheduler(tid, policy, &parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_preferred_thread_is_usual_again_and_others_are_left_alone() {
+        std::thread::spawn(|| {
+            // SAFETY: no arguments.
+            let own = unsafe { libc::gettid() };
+            usual(own);
+            assert_eq!(policy(own), Some(libc::SCHED_OTHER));
+            prefer(own);
+            if policy(own) == Some(libc::SCHED_OTHER) {
+                eprintln!("no right to real-time priority here");
+                return;
+            }
+            assert_eq!(policy(own), Some(OURS));
+            usual(own);
+            assert_eq!(policy(own), Some(libc::SCHED_OTHER));
+            set(own, libc::SCHED_BATCH, 0).unwrap();
+            prefer(own);
+            usual(own);
+            assert_eq!(policy(own), Some(libc::SCHED_BATCH), "an operator's choice");
+        })
+        .join()
+        .unwrap();
+    }
+}
