@@ -346,7 +346,7 @@ pub enum Save {
     Note(Note),
 }
 
-/// What may be done once everything in [`Ready::save`] is durable.
+/// What may be done once everything in [`Ready::save`] is durable, or at once if it [`Action::only_asks`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     Order {
@@ -372,7 +372,14 @@ pub enum Action {
     },
 }
 
-/// Outcome of a step: write `save`, in one transaction, then do `then`, in order.
+impl Action {
+    /// It changes nothing and tells nobody what was decided: what a failover waits for need not wait for a disk as well.
+    pub fn only_asks(&self) -> bool {
+        matches!(self, Self::Probe { .. } | Self::Order { order: Order::ShadowStatus { .. }, .. })
+    }
+}
+
+/// Outcome of a step: write `save`, in one transaction, then do `then`, in order. What only asks may be done before.
 #[derive(Debug, Default, PartialEq)]
 pub struct Ready {
     pub save: Vec<Save>,

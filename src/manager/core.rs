@@ -197,12 +197,16 @@ impl Core {
     /// Decides, makes it durable, does it.
     fn step(&self, state: &mut State, event: Event, waiting: &mut Waiting) -> Result<(), StoreError> {
         let ready = state.guardian.step(state.now, event);
+        let (questions, then): (Vec<_>, Vec<_>) = ready.then.into_iter().partition(Action::only_asks);
+        for action in questions {
+            self.act(state, action, waiting);
+        }
         if !ready.save.is_empty() {
             let newest = state.store.save(&ready.save)?;
             self.newest_event.send_replace(newest);
             ready.save.iter().for_each(tell_log);
         }
-        for action in ready.then {
+        for action in then {
             self.act(state, action, waiting);
         }
         Ok(())
