@@ -36,10 +36,14 @@ test: lint
 	@$(CARGO) build --locked --bins
 	@$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=$(or $(TEST_THREADS),2)
 
-# BENCH=forecast needs no lab. DATA=DIR adds the series of DIR/manifest.json (or MANIFEST), LINKS=file/column,... alarms.
-bench: $(if $(filter forecast,$(BENCH)),setup,build)
-ifneq ($(BENCH),forecast)
+# BENCH=forecast and BENCH=placement need no lab. DATA=DIR adds the series of DIR/manifest.json (or MANIFEST) to the forecasts,
+# LINKS=file/column,... alarms.
+bench: $(if $(filter forecast placement,$(BENCH)),setup,build)
+ifeq ($(filter forecast placement,$(BENCH)),)
 	@$(BIN)/virt-shadow-lab bench $(BENCH) $(if $(FORMAT),--format $(FORMAT))
+endif
+ifneq ($(filter placement,$(or $(BENCH),placement)),)
+	@$(CARGO) run --quiet --locked --release -p placement --example bench -- $(if $(FORMAT),--format $(FORMAT))
 endif
 ifneq ($(filter forecast,$(or $(BENCH),forecast)),)
 	@$(CARGO) run --quiet --locked --release -p forecast --example bench -- $(if $(FORMAT),--format $(FORMAT)) \

@@ -359,3 +359,96 @@ async fn agents_of_another_version_or_with_a_taken_name_are_told_so() {
     let reason = ask(hello("h1", 1), [127, 0, 0, 9]).await;
     assert!(reason.contains("is connected from 127.0.0.1 already"), "{reason}");
 }
+
+const SITE: &str = "[[power]]\nname = \"a\"\n[[power]]\nname = \"b\"\n[[rack]]\nname = \"r1\"\npower = \"a\"\n[[rack]]\nname = \"r2\"\npower = \"a\"\n\
+                    [[rack]]\nname = \"r3\"\npower = \"b\"\n[[host]]\nname = \"h1\"\nrack = \"r1\"\n[[host]]\nname = \"h2\"\nrack = \"r2\"\n[[host]]\n\
+                    name = \"h3\"\nrack = \"r3\"\nlabels = \"ssd\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topology_file_decides_and_a_bad_one_keeps_the_manager_from_starting() {
+    let dir = Dir::new("topology");
+    std::fs::create_dir_all(&dir.0).unwrap();
+    std::fs::write(dir.0.join("topology.toml"), SITE.replace("power = \"b\"", "power = \"c\"")).unwrap();
+    let (_stop, shutdown) = tokio::sync::watch::channel(false);
+    let options = virt_shadow::manager::Options {
+        listen: ANY,
+        database: dir.0.join("manager.sqlite"),
+        heartbeat_ms: 50,
+        settings: Default::default(),
+        topology: Some(dir.0.join("topology.toml")),
+        security: virt_shadow::transport::Security::Plain,
+    };
+    let error = virt_shadow::manager::Manager::start(options, shutdown).await.err().unwrap().to_string();
+    assert!(error.contains("topology.toml, line 13: power: there is no power c; there are: a, b"), "{error}");
+
+    std::fs::write(dir.0.join("topology.toml"), SITE).unwrap();
+    let daemon = Daemon::start(&dir.0, ANY).await;
+    let agents = ["h1", "h2", "h3", "h4"].map(|host| FakeAgent::start(host, "r9", daemon.control));
+    agents[0].table().runs.push(UUID.into());
+    agents[0].table().domains.insert("web".into(), Vec::new());
+    daemon.until("/v1/hosts", "four hosts up", |hosts| count(hosts, "state", "up") == 4).await;
+    // A plan of a guest that is not protected changes nothing; h2 is on its feed, h4 not in the file.
+    let plan = daemon.get("/v1/plan?domain=web&shadows=2&explain=1").await;
+    assert_eq!((&plan["hosts"], &plan["unknown_hosts"]), (&json!(3), &json!(["h4"])));
+    let shadows = plan["guests"][0]["shadows"].as_array().unwrap();
+    assert_eq!(shadows.iter().filter(|shadow| shadow["host"] == "h3").count(), 1, "{plan:#}");
+    for shadow in shadows {
+        let verdicts = shadow["verdicts"].as_array().unwrap();
+        assert_eq!((verdicts.len(), &verdicts[1]["reasons"][0]), (3, &json!("domain")), "{plan:#}");
+        if shadow["host"].is_null() {
+            let counted: u64 = shadow["counts"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
+            assert!(counted == 3 && !shadow["nearest"].is_null(), "{plan:#}");
+        }
+    }
+    assert_eq!(daemon.get("/v1/guests").await, json!([]));
+    protect(&daemon, 1).await;
+    assert_eq!(daemon.get("/v1/guests/web").await["shadows"][0]["host"], "h3");
+    let all = daemon.get("/v1/plan").await;
+    assert_eq!((&all["moves"], &all["guests"][0]["shadows"][0]["now"]), (&json!(0), &json!("h3")));
+    for (path, words) in [
+        ("/v1/plan?shadows=2", "of which domain"),
+        ("/v1/plan?domain=web&shadows=9", "1 to 8"),
+        ("/v1/plan?explain=maybe", "neither 0 nor 1"),
+        ("/v1/plan?colour=red", "colour"),
+    ] {
+        let (status, answer) = daemon.call("GET", path, Value::Null).await;
+        assert!(status == 400 && answer["message"].as_str().unwrap().contains(words), "{path}: {answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_is_kept_with_the_domain_and_carried_out() {
+    let (_dir, daemon, agents) = fleet("policy").await;
+    let path = "/v1/guests/web/policy";
+    assert_eq!(daemon.get(path).await["policy"], "");
+    // Before it is protected: enable takes number and interval from it.
+    let set = json!({ "set": ["shadows=2", "interval_ms=200", "priority=2"] });
+    let (status, view) = daemon.call("POST", path, set).await;
+    let text = "shadows = 2\ninterval_ms = 200\npriority = 2\n";
+    assert_eq!((status, &view["policy"], &view["protected"]), (200, &json!(text), &json!(false)));
+    assert_eq!(agents[0].table().policy, text, "kept with the definition");
+    let (status, guest) = daemon.call("POST", "/v1/guests", json!({ "domain": "web" })).await;
+    assert_eq!((status, &guest["shadows_wanted"], &guest["interval_ms"]), (200, &json!(2), &json!(200)), "{guest}");
+    daemon.until("/v1/guests/web", "protected", |guest| guest["state"] == "protected").await;
+    // Of a protected guest: carried out at once, given along with the next order, and known after a restart.
+    let (status, _) = daemon.call("POST", path, json!({ "set": ["shadows=1"] })).await;
+    assert_eq!(status, 200);
+    daemon.until("/v1/guests/web", "one shadow", |guest| guest["shadows"].as_array().unwrap().len() == 1).await;
+    let daemon = daemon.restart(Duration::from_millis(200)).await;
+    assert_eq!(daemon.get(path).await["policy"], "interval_ms = 200\npriority = 2\n");
+    daemon.until("/v1/guests/web", "protected", |guest| guest["state"] == "protected").await;
+    let has_it = |command: &Command| matches!(command, Command::Protect { policy, .. } if policy.contains("priority"));
+    assert!(agents[0].table().commands.iter().any(has_it));
+    for (body, status, words) in [
+        (json!({ "set": ["shadows=nine"] }), 400, "whole number"),
+        (json!({ "policy": "need = \"a\"\navoid = \"a\"" }), 400, "line 2: avoid: a is needed and avoided"),
+        (json!({ "set": ["tiers=cold"] }), 409, "cannot be kept yet"),
+        (json!({ "colour": 1 }), 400, "colour"),
+    ] {
+        let (found, answer) = daemon.call("POST", path, body.clone()).await;
+        let text = answer["message"].as_str().unwrap_or_default();
+        assert!(found == status && text.contains(words), "{body}: {found} {answer}");
+    }
+    let (status, view) = daemon.call("POST", path, json!({ "policy": "" })).await;
+    assert_eq!((status, &view["policy"]), (200, &json!("")));
+}

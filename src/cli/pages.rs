@@ -49,12 +49,12 @@ _virtshadow_with_names() {
     _virtshadow "$@"
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
         case "$word" in
-            enable|disable|info|watch|promote|switchover|verify) command="$word"; break ;;
+            enable|disable|info|watch|promote|switchover|verify|policy|plan) command="$word"; break ;;
         esac
     done
     if [[ -n "$command" && "$current" != -* && "$previous" != --* ]]; then
         case "$command" in
-            enable) names="$(virsh -q list --name 2>/dev/null)" ;;
+            enable|policy|plan) names="$(virsh -q list --name 2>/dev/null)" ;;
             *) names="$(virt-shadow -q list --name 2>/dev/null)" ;;
         esac
         COMPREPLY+=( $(compgen -W "$names" -- "$current") )

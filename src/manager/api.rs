@@ -149,6 +149,13 @@ impl Manager {
 
     /// Shows what a domain asks of its shadows, after it was changed if there is something to change.
     async fn policy(&self, domain: &str, change: Option<PolicyRequest>) -> Result<Value, ApiError> {
+        if change.is_none()
+            && let Ok(plan) = self.with_guest(domain, |_, guest| guest.plan.clone()).await
+        {
+            // Its host need not be asked.
+            let (uuid, host, policy) = (plan.id.to_string(), plan.primary.to_string(), plan.policy.to_string());
+            return to_json(&PolicyView { domain: plan.domain, uuid, host, protected: true, policy });
+        }
         let (host, found) = self.find_domain(domain, None).await?;
         let id = translate::guest_id(&found.uuid);
         let known = self.with_guest(id.as_str(), |_, guest| guest.plan.policy.clone()).await.ok();
@@ -166,12 +173,12 @@ impl Manager {
                 policy = Policy::parse(text).map_err(bad)?;
             }
             policy = policy.changed(&change.set).map_err(bad_key)?;
-            let order = Command::SetPolicy { domain: id.to_string(), policy: policy.to_string() };
-            self.call(&host, order, DESCRIBE_TIMEOUT).await?;
             if protected {
                 let request = Request::SetPolicy { guest: id.clone(), policy: policy.clone() };
                 self.request(request, DISABLE_TIMEOUT).await?;
             }
+            let order = Command::SetPolicy { domain: id.to_string(), policy: policy.to_string() };
+            self.call(&host, order, DESCRIBE_TIMEOUT).await?;
         }
         let uuid = id.to_string();
         to_json(&PolicyView { domain, uuid, host: host.to_string(), protected, policy: policy.to_string() })
