@@ -79,6 +79,10 @@ pub struct AgentConfig {
     pub tracker: TrackerChoice,
     /// The longest a cut may keep a guest stopped before the watchdog lets it go, milliseconds.
     pub watchdog_ms: u64,
+    /// Where copies of guests' disks are kept, and the disks of shadows; on a disk of this host, with room for them.
+    pub disk_dir: PathBuf,
+    /// Bound of the first copy of each disk on its own host, MiB/s; 0: as fast as it goes.
+    pub disk_copy_mib_per_s: u64,
     /// For measuring codecs: a folder for files with the memory of protected guests and their epochs, in the clear.
     pub record_dir: Option<PathBuf>,
 }
@@ -150,6 +154,8 @@ impl Default for AgentConfig {
             libvirt_uri: "qemu:///system".into(),
             tracker: TrackerChoice::Auto,
             watchdog_ms: 300,
+            disk_dir: "/var/lib/virt-shadow/disks".into(),
+            disk_copy_mib_per_s: 200,
             record_dir: None,
         }
     }
@@ -227,6 +233,10 @@ impl Config {
             }
         };
         range("agent.watchdog_ms", self.agent.watchdog_ms, 20, 2_000)?;
+        range("agent.disk_copy_mib_per_s", self.agent.disk_copy_mib_per_s, 0, 1 << 20)?;
+        if !self.agent.disk_dir.is_absolute() {
+            return Err(("agent.disk_dir", format!("{} does not begin with /", self.agent.disk_dir.display())));
+        }
         range("manager.heartbeat_ms", self.manager.heartbeat_ms, 20, 10_000)?;
         range("manager.cpu_overcommit", self.manager.cpu_overcommit.into(), 1, 1_000)?;
         range("manager.suspect_ms", self.manager.suspect_ms, 100, 60_000)?;

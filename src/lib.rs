@@ -7,6 +7,7 @@ pub mod api;
 pub mod capture;
 pub mod cli;
 pub mod config;
+pub mod disk;
 pub mod hypervisor;
 pub mod lab;
 pub mod manager;

@@ -104,10 +104,10 @@ fn orders_that_cannot_be_carried_out_are_refused_with_reason_and_remedy() {
     refused(fleet.info("still"), &["no protected guest still", "virt-shadow enable still"]);
 
     let disk = "dd if=/dev/zero of=/var/lib/libvirt/still.img bs=1M count=4 2>/dev/null && virsh -q attach-disk still \
-                /var/lib/libvirt/still.img vda --config && virsh -q start still";
+                /var/lib/libvirt/still.img vda --mode shareable --config && virsh -q start still";
     let output = bed.lab.exec("host2", &["sh", "-c", disk]).unwrap();
     assert!(output.status.success(), "{output:?}");
-    refused(fleet.enable("still", "host2", 1, INTERVAL), &["disk vda is writable", "<readonly/>"]);
+    refused(fleet.enable("still", "host2", 1, INTERVAL), &["disk vda is shared with other guests", "<shareable/>"]);
 
     refused(fleet.switchover(GUEST, Some("moon")), &["no shadow on moon", "host2", "host3"]);
     refused(fleet.switchover(GUEST, Some("host1")), &["primary on host1 already"]);

@@ -26,6 +26,7 @@ const FOLDER: &str = "VIRT_SHADOW_TEST_FOLDER";
 const GUEST: &str = "guest1";
 /// On the hosts' own tmpfs.
 const RUN_DIR: &str = "/run/virt-shadow-test";
+const DISK_DIR: &str = "/var/lib/virt-shadow/disks";
 
 /// A lab with one guest, and a folder that all its hosts see.
 struct Stage {
@@ -263,7 +264,7 @@ fn for_each_saved_page(folder: &Path, mut visit: impl FnMut(u64, &[u8; PAGE_SIZE
 
 fn prepare(hypervisor: &Arc<Hypervisor>, folder: &Path) -> Shadow {
     let (description, layout) = saved(folder);
-    Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR)).unwrap()
+    Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR), Path::new(DISK_DIR)).unwrap()
 }
 
 /// Makes the shadow, writes the image and leaves it.
@@ -427,7 +428,8 @@ fn refuse_other_memory(hypervisor: &Arc<Hypervisor>, folder: &Path) {
     let mut blocks = layout.blocks().to_vec();
     blocks.push(RamBlock { name: "memdimm0".into(), len_bytes: 128 << 20 });
     let layout = RamLayout::new(blocks).unwrap();
-    let error = Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR)).unwrap_err();
+    let error =
+        Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR), Path::new(DISK_DIR)).unwrap_err();
     assert!(matches!(error, StandbyError::Layout { .. }) && error.to_string().contains("memdimm0"), "{error}");
     assert!(hypervisor.running_domains().unwrap().is_empty());
 }
@@ -458,7 +460,8 @@ fn leave_running_guests_alone(hypervisor: &Arc<Hypervisor>) {
     let layout = RamLayout::new(blocks_of(&domain)).unwrap();
     let process = domain.process().unwrap();
     for _ in 0..2 {
-        let error = Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR)).unwrap_err();
+        let error =
+            Shadow::prepare(hypervisor, &description, &layout, Path::new(RUN_DIR), Path::new(DISK_DIR)).unwrap_err();
         assert!(matches!(error, StandbyError::Occupied { .. }), "{error}");
         domain.suspend().unwrap();
     }

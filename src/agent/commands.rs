@@ -172,6 +172,11 @@ impl Agent {
             if running {
                 let blockers = domain.migration_blockers().map_err(hypervisor_error)?;
                 refusals.extend(blockers.into_iter().map(|reason| format!("QEMU: {reason}")));
+                match crate::disk::mirror::check_sizes(&domain, &definition) {
+                    Err(crate::disk::DiskProblem::Hypervisor(error)) => return Err(hypervisor_error(error)),
+                    Err(unfit) if refusals.is_empty() => refusals.push(unfit.to_string()),
+                    _ => {}
+                }
                 if !has_cut_command(&domain).map_err(hypervisor_error)? {
                     refusals.push("its QEMU lacks the command xen-save-devices-state: use a QEMU that has it".into());
                 }
@@ -236,9 +241,11 @@ impl Agent {
 
     async fn release(&self, uuid: String) -> Result<Done, ApiError> {
         let primary = lock(&self.primaries).remove(&uuid);
+        let (libvirt, disk_dir, guest) = (Arc::clone(&self.libvirt), self.config.agent.disk_dir.clone(), uuid.clone());
         blocking(move || {
             if let Some(primary) = primary {
                 primary.release();
+                super::shadows::remove_images(&libvirt, &disk_dir, &guest);
             }
         })
         .await?;

@@ -84,6 +84,8 @@ pub fn start(
         tracker: config.agent.tracker,
         watchdog: Duration::from_millis(config.agent.watchdog_ms),
         run_dir: config.run_dir.clone(),
+        disk_dir: config.agent.disk_dir.clone(),
+        disk_copy_mib_per_s: config.agent.disk_copy_mib_per_s,
         record_dir: config.agent.record_dir.clone(),
         report,
     });

@@ -16,6 +16,7 @@ use super::memory::{GuestMemory, MemoryError};
 use super::tracker::{HashTracker, Tracker, TrackerError, UserfaultTracker};
 use super::uffd::{self, ProtectMode};
 use crate::config::TrackerChoice;
+use crate::disk::DiskSet;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::{Domain, HypervisorError};
 
@@ -68,11 +69,12 @@ pub fn ram_layout(domain: &Domain) -> Result<(RamLayout, Vec<u64>), AttachError>
     Ok((layout, addresses))
 }
 
-/// Attaches to a running guest. `call` sends monitor commands to it.
+/// Attaches to a running guest, whose `disks` are mirrored. `call` sends monitor commands to it.
 pub fn attach(
     domain: &Domain,
     guard: &Arc<Guard>,
     call: MonitorCall,
+    disks: Arc<DiskSet>,
     options: &AttachOptions,
 ) -> Result<Attached, AttachError> {
     let process = domain.process()?;
@@ -89,6 +91,8 @@ pub fn attach(
         });
     }
     let pipe = open_pipe(domain, guard, process, &options.run_dir)?;
+    let memory = memory.with_disks(disks)?;
+    let layout = Arc::clone(memory.layout());
     let cutter = Cutter::new(Arc::clone(guard), pipe, call, memory, tracker, options.bound)?;
     Ok(Attached { cutter, process, layout, tracker_reason })
 }

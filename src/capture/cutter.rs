@@ -32,6 +32,7 @@ use super::crew::{self, Crew};
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
 use super::tracker::{LiveReads, Tracker, TrackerError};
+use crate::disk::DiskProblem;
 
 /// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
 pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
@@ -40,6 +41,8 @@ pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 pub use vmsync::device_state::MAX_DEVICE_STATE_BYTES;
 /// What an unprivileged pipe may have at most by the kernel's default.
 const WIDE_PIPE_BYTES: i32 = 1 << 20;
+/// Pages written on disks whose contents a cut takes; with more it only tells which: they are read while the guest runs.
+const DISK_PAGES_MAX: u64 = 8192;
 /// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.
 const QUIET_FOR: Duration = Duration::from_millis(20);
 
@@ -57,6 +60,8 @@ pub enum CutError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Crew(#[from] crew::Lost),
+    #[error(transparent)]
+    Disk(#[from] DiskProblem),
     #[error("device state: {0}")]
     DeviceState(String),
     #[error("pipe from QEMU: {0}")]
@@ -68,7 +73,7 @@ pub type AtStop = Arc<dyn Fn() -> Option<Mark> + Send + Sync>;
 
 /// What one cut brought.
 pub struct Captured {
-    /// Pages written since the cut before, and their contents.
+    /// Pages written since the cut before, and their contents; none of these if too much was written on disks.
     pub dirty: PageSet,
     pub pages: PageBatch,
     /// Contents of the pages asked for besides.
@@ -182,6 +187,14 @@ pub struct Cutter {
     /// Room in the pipe while pages are copied, and what may be read from it before: see [`held_bytes`].
     room_bytes: usize,
     spare_bytes: usize,
+}
+
+/// Adds the pages that were written on the guest's disks.
+fn collect_disks(memory: &GuestMemory, written: &mut PageSet) -> Result<(), DiskProblem> {
+    match memory.disks() {
+        Some((disks, first)) if disks.is_ready() => disks.collect(first, written),
+        _ => Ok(()),
+    }
 }
 
 /// The contents of `pages`, in parts whose order is theirs.
@@ -300,10 +313,16 @@ impl Cutter {
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
             dirty.union_with(carried);
             let found = tracker.collect(&memory, &mut dirty);
+            let in_memory = dirty.len();
+            let on_disks = collect_disks(&memory, &mut dirty);
             carried.union_with(&dirty);
             found?;
+            on_disks?;
             scan = began.elapsed();
             let_qemu_go_on();
+            if dirty.len() - in_memory > DISK_PAGES_MAX {
+                return Ok(());
+            }
             parts = copy_pages(&memory, &mut copiers, &dirty, std::mem::take(&mut spare))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             copy = began.elapsed() - scan;
@@ -325,8 +344,10 @@ impl Cutter {
         let mut dirty = PageSet::new(memory.layout());
         let outcome = self.stopped(|tracker, carried, _| {
             let found = tracker.collect(&memory, carried);
+            let on_disks = collect_disks(&memory, carried);
             dirty.union_with(carried);
-            Ok(found?)
+            found?;
+            Ok(on_disks?)
         });
         let (_, at, _) = outcome?;
         self.carried.clear();

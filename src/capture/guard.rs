@@ -28,6 +28,7 @@ use nix::sys::socket::{
 
 use super::inject::Target;
 use super::priority;
+use crate::disk::line::{LOOK_EVERY, Line};
 
 /// The descriptor the guard finds its socket at.
 const GUARD_SOCKET_FD: RawFd = 3;
@@ -134,6 +135,17 @@ impl Guard {
         Ok(Slot(slot))
     }
 
+    /// Has a disk's connection watched, and shut down if it does not get on; see [`crate::disk::line`].
+    pub fn watch_line(&self, socket: impl AsFd, progress: impl AsFd) -> Result<Slot, GuardError> {
+        let mut inner = self.lock();
+        let slot = inner.next_slot;
+        inner.next_slot = inner.next_slot.wrapping_add(1);
+        let tell = |op, fd: BorrowedFd| send(&inner.socket, Message::new(op, slot, 0), Some(fd));
+        tell(Op::WatchProgress, progress.as_fd()).map_err(GuardError::Lost)?;
+        tell(Op::WatchLine, socket.as_fd()).map_err(GuardError::Lost)?;
+        Ok(Slot(slot))
+    }
+
     pub fn unwatch(&self, slot: Slot) -> Result<(), GuardError> {
         send(&self.lock().socket, Message::new(Op::Unwatch, slot.0, 0), None).map_err(GuardError::Lost)
     }
@@ -203,6 +215,8 @@ enum Op {
     InjectClose,
     Injected,
     InjectFailed,
+    WatchProgress,
+    WatchLine,
 }
 
 /// 16 bytes in host order (both ends are the same program on the same host), then, for failures, a text.
@@ -383,8 +397,10 @@ pub fn main() -> ! {
 
 fn serve(socket: &OwnedFd) -> io::Result<()> {
     let mut watched: BTreeMap<u32, Watched> = BTreeMap::new();
+    let mut lines = Lines::default();
     loop {
         let now = Instant::now();
+        lines.watched.retain(|_, line| !line.look(now));
         watched.values_mut().for_each(|pipe| pipe.check_deadline(now));
         let next = watched.values().filter_map(|pipe| pipe.deadline).min();
         let mut polled = vec![libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
@@ -394,14 +410,49 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
             revents: 0,
         }));
         let timeout_ms = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as i32 + 1);
+        let look_ms = if lines.watched.is_empty() { -1 } else { LOOK_EVERY.as_millis() as i32 };
+        // -1, for ever, is the greatest as an unsigned number.
+        let timeout_ms = (timeout_ms as u32).min(look_ms as u32) as i32;
         poll(&mut polled, timeout_ms)?;
         if polled[0].revents != 0 {
             // Orders first: a `Begin` was sent before the bytes that it keeps for the agent.
             let (message, _, fd) = receive(socket)?;
-            handle(socket, &mut watched, message, fd)?;
+            if let Some(fd) = lines.handle(message, fd) {
+                handle(socket, &mut watched, message, fd)?;
+            }
             continue;
         }
         watched.values_mut().filter(|pipe| pipe.is_ours_to_read()).for_each(Watched::discard);
+    }
+}
+
+/// Connections of disks in the guard process.
+#[derive(Default)]
+struct Lines {
+    watched: BTreeMap<u32, Line>,
+    /// What comes before a line's socket.
+    progress: BTreeMap<u32, OwnedFd>,
+}
+
+impl Lines {
+    /// Takes orders about lines; gives back the descriptor of others.
+    fn handle(&mut self, message: Message, fd: Option<OwnedFd>) -> Option<Option<OwnedFd>> {
+        let slot = message.slot;
+        if message.op == Op::WatchProgress as u32 {
+            if let Some(fd) = fd.filter(|_| self.watched.len() < MAX_SLOTS) {
+                self.progress.insert(slot, fd);
+            }
+        } else if message.op == Op::WatchLine as u32 {
+            if let (Some(socket), Some(progress)) = (fd, self.progress.remove(&slot)) {
+                self.watched.insert(slot, Line::new(socket, progress));
+            }
+        } else {
+            if message.op == Op::Unwatch as u32 {
+                self.watched.remove(&slot);
+            }
+            return Some(fd);
+        }
+        None
     }
 }
 

@@ -9,16 +9,20 @@ use vmsync::layout::RamLayout;
 use vmsync::units::{BlockIndex, PAGE_SIZE, Page, PageAddr, PageIndex};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::disk::DiskSet;
+
 /// Ranges handed to one process_vm_readv; the kernel's limit is 1,024.
 const RANGES_PER_CALL: usize = 512;
 
-/// The RAM of one QEMU process: where each block of the layout lies in its address space.
-#[derive(Debug, Clone)]
+/// The RAM of one QEMU process: where each block of the layout lies in its address space. Behind it, as further blocks,
+/// the guest's disks, which are read from their copies.
+#[derive(Clone)]
 pub struct GuestMemory {
     pid: i32,
     layout: Arc<RamLayout>,
-    /// Host virtual address of each block in QEMU, in the layout's order.
+    /// Host virtual address of each block of RAM in QEMU, in the layout's order.
     addresses: Vec<u64>,
+    disks: Option<Arc<DiskSet>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +31,8 @@ pub enum MemoryError {
     Gone { pid: i32 },
     #[error("reading {len} bytes at {address:#x} of QEMU (process {pid}): {source}")]
     Read { pid: i32, address: u64, len: usize, source: io::Error },
+    #[error("reading the copy of disk {block}: {source}")]
+    Disk { block: String, source: io::Error },
     #[error("{0}")]
     Layout(String),
 }
@@ -37,7 +43,24 @@ impl GuestMemory {
         if addresses.len() != layout.blocks().len() || addresses.iter().any(|at| at % PAGE_SIZE as u64 != 0) {
             return Err(MemoryError::Layout("RAM block addresses do not match the layout".into()));
         }
-        Ok(Self { pid, layout, addresses })
+        Ok(Self { pid, layout, addresses, disks: None })
+    }
+
+    /// The same memory with the guest's disks behind it.
+    pub fn with_disks(mut self, disks: Arc<DiskSet>) -> Result<Self, MemoryError> {
+        let layout = disks.layout(&self.layout).map_err(|error| MemoryError::Layout(error.to_string()))?;
+        self.layout = Arc::new(layout);
+        self.disks = Some(disks);
+        Ok(self)
+    }
+
+    /// The disks, and the index of the first one's block.
+    pub fn disks(&self) -> Option<(&Arc<DiskSet>, usize)> {
+        self.disks.as_ref().map(|disks| (disks, self.addresses.len()))
+    }
+
+    fn is_disk(&self, page: PageAddr) -> bool {
+        page.block.as_usize() >= self.addresses.len()
     }
 
     pub fn pid(&self) -> i32 {
@@ -48,7 +71,7 @@ impl GuestMemory {
         &self.layout
     }
 
-    /// Each block's index, address in QEMU and length in bytes.
+    /// Each block of RAM: its index, address in QEMU and length in bytes.
     pub fn ranges(&self) -> impl Iterator<Item = (BlockIndex, u64, u64)> + '_ {
         self.layout
             .blocks()
@@ -68,7 +91,26 @@ impl GuestMemory {
         addrs.clear();
         bytes.clear();
         let mut ranges: Vec<libc::iovec> = Vec::with_capacity(RANGES_PER_CALL);
-        for page in pages {
+        let mut pages = pages.peekable();
+        while let Some(page) = pages.next() {
+            if self.is_disk(page) {
+                // Disks are the last blocks of a set of pages, but nothing here depends on it.
+                if !ranges.is_empty() {
+                    self.read_ranges(&ranges, &mut bytes)?;
+                    ranges.clear();
+                }
+                addrs.push(page);
+                let mut count = 1;
+                let is_next = |next: &PageAddr, count: usize| {
+                    next.block == page.block && next.page.get() as usize == page.page.get() as usize + count
+                };
+                while let Some(next) = pages.next_if(|next| is_next(next, count)) {
+                    addrs.push(next);
+                    count += 1;
+                }
+                self.read_disk(page, count, &mut bytes)?;
+                continue;
+            }
             let at = self.address(page);
             match ranges.last_mut() {
                 Some(last) if last.iov_base as u64 + last.iov_len as u64 == at => last.iov_len += PAGE_SIZE,
@@ -86,6 +128,18 @@ impl GuestMemory {
             self.read_ranges(&ranges, &mut bytes)?;
         }
         PageBatch::from_parts(addrs, bytes).map_err(|error| MemoryError::Layout(error.to_string()))
+    }
+
+    fn read_disk(&self, page: PageAddr, count: usize, bytes: &mut Vec<u8>) -> Result<(), MemoryError> {
+        let index = page.block.as_usize() - self.addresses.len();
+        let read = match &self.disks {
+            Some(disks) => disks.read(index, page, count, bytes),
+            None => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        };
+        read.map_err(|source| {
+            let block = self.layout.block(page.block).map_or("?", |block| block.name.as_str()).to_owned();
+            MemoryError::Disk { block, source }
+        })
     }
 
     fn read_ranges(&self, ranges: &[libc::iovec], bytes: &mut Vec<u8>) -> Result<(), MemoryError> {

@@ -169,6 +169,35 @@ impl Domain {
         }
     }
 
+    /// Mirrors a disk (by its target, such as `vda`) to the existing one that `xml` describes, from now on
+    /// synchronously; what it holds is copied meanwhile.
+    pub fn mirror_disk(&self, target: &str, xml: &str) -> Result<()> {
+        let (disk, xml) = (ffi::c_string(target, "mirror a disk")?, ffi::c_string(xml, "mirror a disk")?);
+        ffi::mirror_disk(&self.inner, &disk, &xml).map_err(|error| self.named(error))
+    }
+
+    pub fn block_job(&self, target: &str) -> Result<Option<ffi::BlockJob>> {
+        let disk = ffi::c_string(target, "ask for a disk's job")?;
+        ffi::block_job(&self.inner, &disk).map_err(|error| self.named(error))
+    }
+
+    pub fn abort_block_job(&self, target: &str) -> Result<()> {
+        let disk = ffi::c_string(target, "end a disk's job")?;
+        ffi::abort_block_job(&self.inner, &disk).map_err(|error| self.named(error))
+    }
+
+    pub fn limit_block_job(&self, target: &str, bytes_per_s: u64) -> Result<()> {
+        let disk = ffi::c_string(target, "limit a disk's job")?;
+        ffi::limit_block_job(&self.inner, &disk, bytes_per_s).map_err(|error| self.named(error))
+    }
+
+    /// Size of a disk as the guest sees it.
+    pub fn disk_bytes(&self, target: &str) -> Result<u64> {
+        ffi::c_string(target, "ask for a disk's size")?;
+        let info = self.inner.block_info(target, 0).map_err(|error| self.failed("ask for a disk's size", &error))?;
+        Ok(info.capacity)
+    }
+
     /// Sends one QMP command, given as JSON text (`{"execute": ...}`); returns what stands under `return`.
     pub fn qmp(&self, command: &str) -> Result<Value> {
         ffi::c_string(command, "send a monitor command")?;

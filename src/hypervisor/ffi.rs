@@ -285,6 +285,61 @@ pub(super) fn job_running(domain: &Domain) -> Result<bool, HypervisorError> {
     Ok(info.type_ != sys::VIR_DOMAIN_JOB_NONE as c_int)
 }
 
+/// A block job as libvirt tells of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockJob {
+    pub done: u64,
+    pub all: u64,
+}
+
+impl BlockJob {
+    /// A copy that is ready keeps up with the disk. libvirt shows both equal only then.
+    pub fn is_ready(self) -> bool {
+        self.all > 0 && self.done == self.all
+    }
+
+    pub fn percent(self) -> u64 {
+        self.done.saturating_mul(100).checked_div(self.all).unwrap_or(0).min(99)
+    }
+}
+
+/// Begins to copy a disk to the one of `xml`, which exists; every write of the guest goes to both before it completes.
+pub(super) fn mirror_disk(domain: &Domain, disk: &CStr, xml: &CStr) -> Result<(), HypervisorError> {
+    let flags = sys::VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        | sys::VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        | sys::VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES;
+    // SAFETY: the domain is referenced by `domain`; both strings outlive the call; there are no parameters.
+    let result =
+        unsafe { sys::virDomainBlockCopy(domain.as_ptr(), disk.as_ptr(), xml.as_ptr(), ptr::null_mut(), 0, flags) };
+    if result < 0 { Err(HypervisorError::last("mirror a disk")) } else { Ok(()) }
+}
+
+/// The job on a disk, if there is one.
+pub(super) fn block_job(domain: &Domain, disk: &CStr) -> Result<Option<BlockJob>, HypervisorError> {
+    // SAFETY: the structure is plain numbers, for which all zero is a value.
+    let mut info: sys::virDomainBlockJobInfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the domain is referenced by `domain`; string and structure outlive the call.
+    match unsafe { sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &mut info, 0) } {
+        0 => Ok(None),
+        1.. => Ok(Some(BlockJob { done: info.cur, all: info.end })),
+        _ => Err(HypervisorError::last("ask for a disk's job")),
+    }
+}
+
+/// Ends the job on a disk; the guest goes on with the disk it has.
+pub(super) fn abort_block_job(domain: &Domain, disk: &CStr) -> Result<(), HypervisorError> {
+    // SAFETY: the domain is referenced by `domain`; the string outlives the call.
+    let result = unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), 0) };
+    if result < 0 { Err(HypervisorError::last("end a disk's job")) } else { Ok(()) }
+}
+
+pub(super) fn limit_block_job(domain: &Domain, disk: &CStr, bytes_per_s: u64) -> Result<(), HypervisorError> {
+    let flags = sys::VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES;
+    // SAFETY: the domain is referenced by `domain`; the string outlives the call.
+    let result = unsafe { sys::virDomainBlockJobSetSpeed(domain.as_ptr(), disk.as_ptr(), bytes_per_s, flags) };
+    if result < 0 { Err(HypervisorError::last("limit a disk's job")) } else { Ok(()) }
+}
+
 /// A QMP command that carries descriptors to QEMU; the caller keeps its own.
 pub(super) fn monitor_command_with_files(
     domain: &Domain,

@@ -22,5 +22,6 @@ pub use connection::Hypervisor;
 pub use domain::{Domain, DomainState, PAUSED_BY_USER, PAUSED_UNKNOWN, XmlKind};
 pub use error::HypervisorError;
 pub use events::{EventSink, HypervisorEvent, Lifecycle, Resumed, Started, Stopped, Suspended};
+pub use ffi::BlockJob;
 
 pub type Result<T> = std::result::Result<T, HypervisorError>;

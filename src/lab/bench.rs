@@ -3,6 +3,7 @@
 //! A row is a name, a value, what it is compared with in the same run, and the target it is held to. Timing decides
 //! nothing here: a missed target is shown, not failed.
 
+mod disk;
 mod failover;
 mod output;
 mod pause;
@@ -32,10 +33,18 @@ pub enum Benchmark {
     Workloads,
     /// Holding a guest's output until it is committed: ping, requests, bulk TCP
     Output,
+    /// What the mirroring of a disk costs the guest
+    Disk,
 }
 
-const ALL: [Benchmark; 5] =
-    [Benchmark::Pause, Benchmark::Failover, Benchmark::Switchover, Benchmark::Workloads, Benchmark::Output];
+const ALL: [Benchmark; 6] = [
+    Benchmark::Pause,
+    Benchmark::Failover,
+    Benchmark::Switchover,
+    Benchmark::Workloads,
+    Benchmark::Output,
+    Benchmark::Disk,
+];
 
 /// One measured figure.
 #[derive(Debug, Clone, Serialize)]
@@ -128,6 +137,7 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
             Benchmark::Switchover => failover::run_switchover(&bench, rounds)?,
             Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
             Benchmark::Output => output::run(&bench)?,
+            Benchmark::Disk => disk::run(&bench)?,
         }
     }
     Ok(())

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::bench::{self, BenchOptions};
 use super::error::{LabError, Result};
-use super::guest::{Backing, GuestOptions, Machine, Workload};
+use super::guest::{Backing, GuestDisk, GuestOptions, Machine, Workload};
 use super::{Lab, LabOptions, QemuUser, demo, image, init};
 
 /// Several hosts on this one machine, each with its own network, libvirtd and virtshadowd, to try and to test
@@ -109,6 +109,9 @@ enum LabCommand {
         /// Where QEMU takes the guest's memory from
         #[arg(long, default_value = "anonymous", value_name = "KIND")]
         backing: Backing,
+        /// Give it a disk with an ext4 file system, on which it writes and checks fsync'd records
+        #[arg(long, value_name = "MIB[:raw|qcow2]")]
+        disk: Option<GuestDisk>,
         /// Create it without a definition that outlives it
         #[arg(long)]
         transient: bool,
@@ -262,6 +265,7 @@ impl Cli {
                 workload,
                 machine,
                 backing,
+                disk,
                 transient,
                 no_balloon,
                 no_wait,
@@ -276,6 +280,7 @@ impl Cli {
                     workload,
                     machine,
                     backing,
+                    disk,
                     transient,
                     balloon,
                 };

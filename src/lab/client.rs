@@ -38,6 +38,8 @@ pub struct GuestReply {
     pub uptime_ms: u64,
     /// Pages written.
     pub dirty: u64,
+    /// Records that are on the guest's disk for good.
+    pub records: u64,
 }
 
 impl GuestReply {
@@ -54,7 +56,28 @@ impl GuestReply {
             work: value("work")?,
             uptime_ms: value("uptime_ms")?,
             dirty: value("dirty")?,
+            records: value("records")?,
         })
+    }
+}
+
+/// What a guest says of the fsync'd records on its disk, all of which it has just read and found right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskRecords {
+    /// Written and synced before they were checked.
+    pub durable: u64,
+    pub checked: u64,
+    /// Found when the guest was booted.
+    pub recovered: u64,
+}
+
+impl DiskRecords {
+    fn parse(line: &str) -> Option<Self> {
+        let fields: BTreeMap<_, _> =
+            line.strip_prefix("records ok ")?.split(' ').filter_map(|f| f.split_once('=')).collect();
+        let value = |name: &str| fields.get(name)?.parse::<u64>().ok();
+        let records = Self { durable: value("durable")?, checked: value("checked")?, recovered: value("recovered")? };
+        (value("errors")? == 0).then_some(records)
     }
 }
 
@@ -93,6 +116,12 @@ impl GuestClient {
             .ok_or_else(|| Error::new(ErrorKind::InvalidData, format!("asked for {}, got {line:?}", self.next)))
     }
 
+    /// Has the guest check the records on its disk; `Err` tells what it answered if not "ok".
+    pub fn records(&mut self) -> std::io::Result<DiskRecords> {
+        let line = self.ask("records")?;
+        DiskRecords::parse(&line).ok_or_else(|| Error::new(ErrorKind::InvalidData, line))
+    }
+
     /// Has the guest check all of its memory pattern; `Err` tells what it answered if not "ok".
     pub fn verify(&mut self) -> std::io::Result<String> {
         let line = self.ask("verify")?;
@@ -106,9 +135,12 @@ mod tests {
 
     #[test]
     fn replies_are_parsed_whole_or_not_at_all() {
-        let line = "7 counter=12 checks=3 errors=0 boot=ab work=5 uptime_ms=99 dirty=7";
+        let line = "7 counter=12 checks=3 errors=0 boot=ab work=5 uptime_ms=99 dirty=7 records=5";
         let reply = GuestReply::parse(line).unwrap();
         assert_eq!((reply.number, reply.counter, reply.boot.as_str(), reply.dirty), (7, 12, "ab", 7));
+        let records = DiskRecords::parse("records ok durable=7 checked=8 recovered=1 errors=0");
+        assert_eq!(records, Some(DiskRecords { durable: 7, checked: 8, recovered: 1 }));
+        assert_eq!(DiskRecords::parse("records bad durable=7 checked=0 recovered=1 errors=1"), None);
         assert_eq!(GuestReply::parse("7 counter=12"), None);
         assert_eq!(GuestReply::parse("error: expected"), None);
     }

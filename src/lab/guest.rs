@@ -108,6 +108,53 @@ impl FromStr for Workload {
     }
 }
 
+/// A disk with an ext4 file system, on which every workload writes and checks numbered records; written
+/// `MIB[:raw|qcow2]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestDisk {
+    pub mib: u32,
+    pub qcow2: bool,
+}
+
+/// Folder of the guests' own disks on every host.
+pub const DISK_DIR: &str = "/var/lib/libvirt/images";
+const DISK_MIN_MIB: u32 = 16;
+const DISK_MAX_MIB: u32 = 64 * 1024;
+
+impl GuestDisk {
+    pub fn format(self) -> &'static str {
+        if self.qcow2 { "qcow2" } else { "raw" }
+    }
+
+    pub fn path(self, guest: &str) -> String {
+        format!("{DISK_DIR}/{guest}.{}", self.format())
+    }
+
+    /// Makes the disk where it runs.
+    pub(super) fn script(self, guest: &str) -> String {
+        let (mib, format, path) = (self.mib, self.format(), self.path(guest));
+        format!(
+            "set -e; mkdir -p {DISK_DIR}; rm -f {path} {path}.new; truncate -s {mib}M {path}.new; \
+             mkfs.ext4 -q -F -b 4096 {path}.new; \
+             if [ {format} = raw ]; then mv {path}.new {path}; \
+             else qemu-img convert -q -f raw -O qcow2 {path}.new {path}; rm {path}.new; fi"
+        )
+    }
+}
+
+impl FromStr for GuestDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (size, format) = text.split_once(':').unwrap_or((text, "raw"));
+        let mib = size.parse().ok().filter(|mib| (DISK_MIN_MIB..=DISK_MAX_MIB).contains(mib));
+        match (mib, format) {
+            (Some(mib), "raw" | "qcow2") => Ok(Self { mib, qcow2: format == "qcow2" }),
+            _ => Err(format!("MIB[:raw|qcow2] with {DISK_MIN_MIB} to {DISK_MAX_MIB} MiB")),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
     pub name: String,
@@ -117,6 +164,7 @@ pub struct GuestOptions {
     pub workload: Workload,
     pub machine: Machine,
     pub backing: Backing,
+    pub disk: Option<GuestDisk>,
     /// Gone when it ends: created, not defined.
     pub transient: bool,
     /// With a virtio balloon, as libvirt adds one where a definition says nothing.
@@ -134,6 +182,7 @@ impl GuestOptions {
             workload: Workload::idle(),
             machine: Machine::Q35,
             backing: Backing::Anonymous,
+            disk: None,
             transient: false,
             balloon: true,
         }
@@ -194,7 +243,7 @@ impl GuestOptions {
     pub fn xml(&self, guest: &GuestState, image: &GuestImage) -> String {
         let (machine, controllers) = match self.machine {
             Machine::Q35 => {
-                let ports = 1 + usize::from(self.balloon) + SPARE_ROOT_PORTS;
+                let ports = 1 + usize::from(self.balloon) + usize::from(self.disk.is_some()) + SPARE_ROOT_PORTS;
                 let port = "<controller type='pci' model='pcie-root-port'/>\n    ";
                 ("q35", format!("<controller type='pci' index='0' model='pcie-root'/>\n    {}", port.repeat(ports)))
             }
@@ -205,6 +254,14 @@ impl GuestOptions {
             Backing::Memfd => "\n  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
         };
         let balloon = if self.balloon { "virtio" } else { "none" };
+        let disk = self.disk.map_or(String::new(), |disk| {
+            format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
+                 <target dev='vda' bus='virtio'/></disk>\n    ",
+                disk.format(),
+                disk.path(&self.name)
+            )
+        });
         let Self { name, memory_mib, cpus, workload, .. } = self;
         let GuestState { uuid, ip, mac, .. } = guest;
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
@@ -227,7 +284,7 @@ lab.workload={workload}</cmdline>
   <on_crash>destroy</on_crash>
   <devices>
     {controllers}<controller type='usb' model='none'/>
-    <interface type='bridge'>
+    {disk}<interface type='bridge'>
       <mac address='{mac}'/>
       <source bridge='{HOST_BRIDGE}'/>
       <model type='virtio'/>

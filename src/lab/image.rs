@@ -2,7 +2,7 @@
 //! need out of Debian's packages; made once, then cached.
 //!
 //! ```text
-//! kernel/                vmlinuz, release, modules/NAME.ko
+//! kernel-2/              vmlinuz, release, modules/NAME.ko
 //! image-HASH/            initrd: busybox, init, workload, modules
 //!   initrd-NAME-HASH     the same behind the archive of a software (the kernel unpacks one after the other)
 //! software-NAME-HASH/    archive.cpio: what its recipe takes out of the packages
@@ -31,13 +31,14 @@ use software::{DATABASE_UID, Recipe};
 
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// In the order in which they can be loaded; what a kernel has built in is left out.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",
     "virtio_balloon",
+    "virtio_blk",
     "failover",
     "net_failover",
     "virtio_net",
@@ -101,7 +102,8 @@ fn join(parts: &[&Path], target: &Path) -> io::Result<()> {
 
 fn ensure_base(cache: &Path, progress: &dyn Fn(&str)) -> Result<GuestImage> {
     let _lock = lock(cache, "lock")?;
-    let kernel_dir = cache.join("kernel");
+    // Its name changes with what is taken out of the package.
+    let kernel_dir = cache.join("kernel-2");
     if !kernel_dir.is_dir() {
         progress("downloading the guests' kernel");
         in_scratch(&kernel_dir, fetch_kernel)?;

@@ -42,9 +42,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-pub use client::{GUEST_PORT, GuestClient, GuestReply};
+pub use client::{DiskRecords, GUEST_PORT, GuestClient, GuestReply};
 pub use error::{LabError, Result};
-pub use guest::{Backing, GuestOptions, Machine, StartedGuest, Workload};
+pub use guest::{Backing, GuestDisk, GuestOptions, Machine, StartedGuest, Workload};
 pub use process::ProcessRef;
 pub use state::{CLIENT, GuestState, LabState, MANAGER, QemuUser};
 pub use status::{LabStatus, NodeReport, Power};
@@ -174,7 +174,10 @@ impl Lab {
         })?;
         let xml = options.xml(&guest, &image);
         let begin = Instant::now();
-        let started = if options.transient {
+        let disk = options.disk.map_or(Ok(()), |disk| self.make_disk(options, disk));
+        let started = if let Err(error) = disk {
+            Err(error)
+        } else if options.transient {
             self.virsh_with_input(&options.host, &["create", "/dev/stdin"], &xml)
         } else {
             self.virsh_with_input(&options.host, &["define", "/dev/stdin"], &xml)
@@ -195,6 +198,15 @@ impl Lab {
         };
         let GuestState { uuid, ip, mac, .. } = guest;
         Ok(StartedGuest { name: options.name.clone(), host: options.host.clone(), uuid, ip, mac, boot_ms })
+    }
+
+    fn make_disk(&self, options: &GuestOptions, disk: GuestDisk) -> Result<()> {
+        let output = self.exec(&options.host, &["sh", "-c", &disk.script(&options.name)])?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(LabError::Product(format!("cannot make the disk of {}: {reason}", options.name)))
     }
 
     /// Waits until the guest's workload answers the client; real software also has to have done some work.

@@ -30,6 +30,8 @@ pub enum StandbyError {
     Layout { guest: String, difference: String },
     #[error("memory of the shadow of {guest}: {source}")]
     Image { guest: String, source: ImageError },
+    #[error("disk of the shadow of {guest}: {path}: {source}")]
+    Disk { guest: String, path: PathBuf, source: io::Error },
     #[error("journal of the shadow of {guest}: {source}")]
     Journal { guest: String, source: JournalError },
     #[error("record of the shadow of {guest} at {path}: {source}")]

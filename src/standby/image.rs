@@ -19,8 +19,10 @@ use vmsync::hashes::{HashSeed, hash_page};
 use vmsync::layout::RamLayout;
 use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr, PageIndex};
 
+use super::disk::DiskFile;
 use super::mapping::Mapping;
 use super::memory_file::{self, MemoryFile};
+use crate::disk::images::target_of;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::ramblock::RamBlock;
 
@@ -56,6 +58,8 @@ struct Block {
 #[derive(Debug)]
 enum Backing {
     Shared(SharedBlock),
+    /// A disk of the guest, which QEMU has open, too.
+    Disk(DiskFile),
     /// Private memory of QEMU from this address on.
     Process {
         memory: File,
@@ -76,10 +80,24 @@ struct SharedBlock {
 
 impl Image {
     /// Opens the memory of `process`, whose RAM blocks are `qemu`. With `keep_allocated` zero pages are written
-    /// instead of given back, for guests whose memory is allocated ahead or locked.
-    pub fn open(process: QemuProcess, layout: &RamLayout, qemu: &[RamBlock], keep_allocated: bool) -> Result<Self> {
+    /// instead of given back, for guests whose memory is allocated ahead or locked. `disks`: target and path.
+    pub fn open(
+        process: QemuProcess,
+        layout: &RamLayout,
+        qemu: &[RamBlock],
+        disks: &[(String, String)],
+        keep_allocated: bool,
+    ) -> Result<Self> {
         let mut blocks = Vec::with_capacity(layout.blocks().len());
         for wanted in layout.blocks() {
+            if let Some(target) = target_of(&wanted.name) {
+                let path = disks.iter().find(|(name, _)| name == target).map(|(_, path)| path);
+                let path = path.ok_or_else(|| ImageError::NoBlock { block: wanted.name.clone() })?;
+                let file = DiskFile::open(path.as_ref(), wanted.len_bytes);
+                let file = file.map_err(|source| failed(&wanted.name, "open it", source))?;
+                blocks.push(Block { name: wanted.name.clone(), backing: Backing::Disk(file) });
+                continue;
+            }
             let found = qemu.iter().find(|block| block.name == wanted.name && block.used == wanted.len_bytes);
             let found = found.ok_or_else(|| ImageError::NoBlock { block: wanted.name.clone() })?;
             let backing = open_backing(process.pid, found, keep_allocated).map_err(|source| ImageError::Io {
@@ -106,6 +124,7 @@ impl Image {
         let (block, offset) = self.locate(addr)?;
         let written = match &mut block.backing {
             Backing::Process { memory, address } => memory.write_all_at(page, *address + offset),
+            Backing::Disk(disk) => disk.write(offset, page),
             Backing::Shared(shared) => shared.write_page(offset, page),
         };
         written.map_err(|source| failed(&block.name, "write a page", source))
@@ -116,6 +135,7 @@ impl Image {
         let (block, offset) = self.locate(addr)?;
         let written = match &mut block.backing {
             Backing::Process { memory, address } => memory.write_all_at(&ZERO_PAGE, *address + offset),
+            Backing::Disk(disk) => disk.zero_page(offset),
             Backing::Shared(shared) => shared.zero_page(offset),
         };
         written.map_err(|source| failed(&block.name, "zero a page", source))
@@ -150,16 +170,22 @@ impl Image {
                 let at = *address + offset;
                 patch.runs().try_for_each(|(within, bytes)| memory.write_all_at(bytes, at + within as u64))
             }
+            Backing::Disk(disk) => {
+                patch.runs().try_for_each(|(within, bytes)| disk.write(offset + within as u64, bytes))
+            }
             Backing::Shared(shared) => shared.patch_page(offset, patch),
         };
         written.map_err(|source| failed(&block.name, "change a page", source))
     }
 
-    /// Makes all memory zero. A new QEMU's is not: it has put its firmware into some blocks.
+    /// Makes all memory zero, not the disks. A new QEMU's is not: it has put its firmware into some blocks.
     pub fn clear(&mut self) -> Result<()> {
         let mut page = ZERO_PAGE;
         for linear in 0..self.layout.total_pages() {
             let Some(addr) = self.layout.addr(linear) else { break };
+            if self.is_disk(addr) {
+                break; // the last blocks
+            }
             if self.is_hole(addr) {
                 continue;
             }
@@ -179,6 +205,13 @@ impl Image {
             return Err(ImageError::Outside { addr: start });
         }
         let zero_hash = hash_page(seed, &ZERO_PAGE);
+        if let Some(Block { name, backing: Backing::Disk(disk) }) = self.blocks.get(start.block.as_usize()) {
+            let count = (pages - first).min(max as u64) as usize;
+            let mut bytes = vec![0; count * PAGE_SIZE];
+            disk.read(start.page.byte_offset(), &mut bytes).map_err(|source| failed(name, "read it", source))?;
+            let pages = bytes.as_chunks::<PAGE_SIZE>().0.iter();
+            return Ok(pages.map(|page| if page == &ZERO_PAGE { zero_hash } else { hash_page(seed, page) }).collect());
+        }
         let mut page = ZERO_PAGE;
         let mut hashes = Vec::with_capacity(max.min(usize::try_from(pages - first).unwrap_or(max)));
         for index in (first..pages).take(max) {
@@ -203,6 +236,18 @@ impl Image {
         Ok(())
     }
 
+    /// Begins to write out what is not yet on disk; for the guest's writes to outlive the host's power once it runs here.
+    pub fn sync_disks(&self) -> Result<()> {
+        self.blocks.iter().try_for_each(|block| match &block.backing {
+            Backing::Disk(disk) => disk.sync().map_err(|source| failed(&block.name, "sync it", source)),
+            _ => Ok(()),
+        })
+    }
+
+    fn is_disk(&self, addr: PageAddr) -> bool {
+        self.blocks.get(addr.block.as_usize()).is_some_and(|block| matches!(block.backing, Backing::Disk(_)))
+    }
+
     fn is_hole(&self, addr: PageAddr) -> bool {
         match self.blocks.get(addr.block.as_usize()).map(|block| &block.backing) {
             Some(Backing::Shared(shared)) => !shared.is_present(addr.page.byte_offset()),
@@ -223,6 +268,7 @@ impl Block {
     fn read_page(&self, offset: u64, page: &mut Page) -> Result<()> {
         let read = match &self.backing {
             Backing::Process { memory, address } => memory.read_exact_at(page, address + offset),
+            Backing::Disk(disk) => disk.read(offset, page),
             Backing::Shared(shared) => shared.read_page(offset, page),
         };
         read.map_err(|source| failed(&self.name, "read a page", source))
@@ -393,7 +439,7 @@ mod tests {
             let layout =
                 RamLayout::new(vec![layout("pc.ram", SHARED_PAGES), layout("pc.bios", PRIVATE_PAGES)]).unwrap();
             let process = QemuProcess { pid: std::process::id() as i32, start_ticks: 0 };
-            Image::open(process, &layout, &qemu, keep_allocated).unwrap()
+            Image::open(process, &layout, &qemu, &[], keep_allocated).unwrap()
         }
 
         fn allocated_pages(&self) -> u64 {

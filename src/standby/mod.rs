@@ -11,6 +11,7 @@
 //! which the agent maps; its record under `run_dir/shadows/UUID` lets a restarted agent find it again, image included.
 
 mod announce;
+mod disk;
 mod error;
 mod feed;
 pub mod image;

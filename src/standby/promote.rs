@@ -19,7 +19,7 @@ use super::feed;
 use super::image::Image;
 use super::record::{self, Phase, Record};
 use super::shadow::{Adopted, Shadow, WAITING};
-use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml};
+use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml, with_disk_files};
 use crate::hypervisor::{self, Domain, DomainState, Hypervisor, HypervisorError, XmlKind};
 
 /// How long a load may take; the slowest ones seen took half a second on a busy host.
@@ -76,6 +76,10 @@ impl Started {
     pub fn finish(self) -> Promotion {
         let Self { watch, run_dir, interfaces, image, timings } = self;
         let mut promotion = finish(&watch.hypervisor, &watch.domain, &watch.record, &run_dir, &interfaces, timings);
+        // What the guest had been told to be on disk may still be in this host's memory only.
+        if let Err(error) = image.sync_disks() {
+            promotion.warnings.push(error.to_string());
+        }
         drop(image);
         promotion.timings.total_us = micros(watch.began.elapsed());
         promotion
@@ -188,7 +192,9 @@ fn finish(
 
 fn define(hypervisor: &Hypervisor, record: &Record) -> std::result::Result<(), String> {
     let Some(inactive) = &record.inactive_xml else { return Ok(()) };
-    let clean = clean_persistent_xml(&record.live_xml, Some(inactive)).map_err(|error| error.to_string())?;
+    let clean = clean_persistent_xml(&record.live_xml, Some(inactive))
+        .and_then(|xml| with_disk_files(&xml, &record.disks))
+        .map_err(|error| error.to_string())?;
     hypervisor.define_xml(&clean).map(drop).map_err(|error| error.to_string())
 }
 

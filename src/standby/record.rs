@@ -13,7 +13,7 @@ use super::journal::is_on_tmpfs;
 use crate::hypervisor::process::QemuProcess;
 
 /// Changes with every incompatible change of [`Record`]; a record of another version is as good as none.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Longest record that is read, bytes: two definitions and some numbers.
 const MAX_RECORD_BYTES: u64 = 4 << 20;
 
@@ -27,6 +27,8 @@ pub(super) struct Record {
     pub(super) phase: Phase,
     /// Blocks and lengths in the primary's order.
     pub(super) layout: Vec<(String, u64)>,
+    /// Target and path of the disks.
+    pub(super) disks: Vec<(String, String)>,
     /// Live definition of the primary and, if it is persistent, its inactive one.
     pub(super) live_xml: String,
     pub(super) inactive_xml: Option<String>,
@@ -58,6 +60,7 @@ impl Record {
             process,
             phase: Phase::Waiting,
             layout: Vec::new(),
+            disks: Vec::new(),
             live_xml: live_xml.to_owned(),
             inactive_xml: inactive_xml.map(str::to_owned),
             feed_inode: None,
@@ -203,7 +206,7 @@ mod tests {
         let process = QemuProcess { pid: 1, start_ticks: 1 };
         Record::new(UUID, "web", process, "", None).write(&run_dir).unwrap();
         let good = fs::read_to_string(path(&run_dir, UUID)).unwrap();
-        for broken in [&good[..good.len() / 2], "", "[]", &good.replace("\"version\":1", "\"version\":2")] {
+        for broken in [&good[..good.len() / 2], "", "[]", &good.replace("\"version\":2", "\"version\":3")] {
             fs::write(path(&run_dir, UUID), broken).unwrap();
             assert_eq!(Record::read(&run_dir, UUID).unwrap(), None, "{broken}");
         }

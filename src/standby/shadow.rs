@@ -10,6 +10,8 @@ use super::feed::{self, Feed, FeedError};
 use super::image::Image;
 use super::promote;
 use super::record::{self, Phase, Record};
+use crate::disk::DiskCopy;
+use crate::disk::images::{self, target_of};
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::ramblock::RamBlock;
 use crate::hypervisor::xml::{self, GuestDefinition, Interface};
@@ -64,10 +66,11 @@ impl Shadow {
         description: &ShadowDescription,
         layout: &RamLayout,
         run_dir: &Path,
+        disk_dir: &Path,
     ) -> Result<Self> {
         match Self::keep(hypervisor, description, layout, run_dir)? {
             Some(shadow) => Ok(shadow),
-            None => Self::create(hypervisor, description, layout, run_dir),
+            None => Self::create(hypervisor, description, layout, run_dir, disk_dir).map(|(shadow, _)| shadow),
         }
     }
 
@@ -99,13 +102,15 @@ impl Shadow {
         }
     }
 
-    /// Makes a new shadow, all of whose memory is zero. A waiting one of the same guest is given up first.
+    /// Makes a new shadow, all of whose memory is zero. A waiting one of the same guest is given up first. True: a disk
+    /// has what was found in `disk_dir`, which may be close to what the guest's has.
     pub fn create(
         hypervisor: &Arc<Hypervisor>,
         description: &ShadowDescription,
         layout: &RamLayout,
         run_dir: &Path,
-    ) -> Result<Self> {
+        disk_dir: &Path,
+    ) -> Result<(Self, bool)> {
         let definition = check_description(description)?;
         Self::remove(hypervisor, &description.uuid, run_dir)?;
         for file in &definition.files {
@@ -113,10 +118,12 @@ impl Shadow {
                 return Err(StandbyError::MissingFile { guest: description.name.clone(), path: file.clone() });
             }
         }
-        let shadow_xml = xml::shadow_xml(&description.live_xml)
+        let (disks, has_contents) = make_disks(description, layout, disk_dir)?;
+        let shadow_xml = xml::with_disk_files(&description.live_xml, &disks)
+            .and_then(|xml| xml::shadow_xml(&xml))
             .map_err(|source| StandbyError::Definition { guest: description.name.clone(), source })?;
         let domain = hypervisor.create_xml(&shadow_xml, true)?;
-        let shadow = Self::make(hypervisor, domain.clone(), description, layout, run_dir);
+        let shadow = Self::make(hypervisor, domain.clone(), description, layout, disks, run_dir);
         if shadow.is_err() {
             // Nothing is in it yet.
             if let Err(error) = domain.destroy() {
@@ -124,7 +131,7 @@ impl Shadow {
             }
             let _ = record::remove(run_dir, &description.uuid);
         }
-        shadow
+        shadow.map(|shadow| (shadow, has_contents))
     }
 
     /// Whether this shadow can go on for a guest that is described so, without being made anew.
@@ -138,13 +145,15 @@ impl Shadow {
         domain: Domain,
         description: &ShadowDescription,
         layout: &RamLayout,
+        disks: Vec<(String, String)>,
         run_dir: &Path,
     ) -> Result<Self> {
         let ShadowDescription { uuid, name, live_xml, inactive_xml } = description;
         let process = domain.process()?;
         let mut record = Record::new(uuid, name, process, live_xml, inactive_xml.as_deref());
         record.layout = layout.blocks().iter().map(|block| (block.name.clone(), block.len_bytes)).collect();
-        let mut image = open_image(&domain, process, layout)?;
+        record.disks = disks;
+        let mut image = open_image(&domain, process, layout, &record.disks)?;
         image.clear().map_err(|source| StandbyError::Image { guest: name.clone(), source })?;
         let machine = feed::machine_type(&domain)?;
         let interfaces = interfaces(&domain)?;
@@ -186,7 +195,7 @@ impl Shadow {
         let blocks =
             record.layout.iter().map(|(name, len_bytes)| LayoutBlock { name: name.clone(), len_bytes: *len_bytes });
         let layout = RamLayout::new(blocks.collect()).map_err(|error| not_waiting(error.to_string()))?;
-        let image = open_image(&domain, record.process, &layout)?;
+        let image = open_image(&domain, record.process, &layout, &record.disks)?;
         let inode = record.feed_inode.ok_or_else(|| not_waiting("it was never armed".into()))?;
         let feed = Feed::retake(record.process, inode).map_err(|error| feed_error(&record.name, error))?;
         // A promotion that was given up may have disarmed it.
@@ -321,6 +330,32 @@ fn fits(record: &Record, description: &ShadowDescription, layout: &RamLayout) ->
         && shape(&record.live_xml)? == shape(&description.live_xml)?)
 }
 
+/// Files for the disks of the layout: target and path. True: one of them was there.
+fn make_disks(
+    description: &ShadowDescription,
+    layout: &RamLayout,
+    disk_dir: &Path,
+) -> Result<(Vec<(String, String)>, bool)> {
+    let failed = |path: &Path| {
+        let (guest, path) = (description.name.clone(), path.to_owned());
+        move |source| StandbyError::Disk { guest, path, source }
+    };
+    let (mut disks, mut has_contents) = (Vec::new(), false);
+    for block in layout.blocks() {
+        let Some(target) = target_of(&block.name) else { continue };
+        if !images::is_target(target) {
+            let source = std::io::Error::other(format!("{target:?} is no name of a disk"));
+            return Err(failed(disk_dir)(source));
+        }
+        let folder = images::folder(disk_dir, &description.uuid).map_err(failed(disk_dir))?;
+        let path = images::choose(&folder, target, &[]);
+        has_contents |= path.exists();
+        DiskCopy::open(&path, block.len_bytes).map_err(failed(&path))?;
+        disks.push((target.to_owned(), path.to_string_lossy().into_owned()));
+    }
+    Ok((disks, has_contents))
+}
+
 pub(super) fn is_shadow(domain: &Domain) -> Result<bool> {
     let live = domain.xml(XmlKind::Live)?;
     xml::is_shadow(&live).map_err(|source| StandbyError::Definition { guest: domain.name().to_owned(), source })
@@ -344,7 +379,7 @@ fn read_record(run_dir: &Path, uuid: &str) -> Result<Option<Record>> {
     })
 }
 
-fn open_image(domain: &Domain, process: QemuProcess, layout: &RamLayout) -> Result<Image> {
+fn open_image(domain: &Domain, process: QemuProcess, layout: &RamLayout, disks: &[(String, String)]) -> Result<Image> {
     let guest = || domain.name().to_owned();
     let blocks = domain.ram_blocks()?;
     if let Some(difference) = layout_difference(layout, &blocks) {
@@ -353,14 +388,14 @@ fn open_image(domain: &Domain, process: QemuProcess, layout: &RamLayout) -> Resu
     let live = domain.xml(XmlKind::Live)?;
     let definition =
         GuestDefinition::parse(&live).map_err(|source| StandbyError::Definition { guest: guest(), source })?;
-    Image::open(process, layout, &blocks, definition.keeps_memory)
+    Image::open(process, layout, &blocks, disks, definition.keeps_memory)
         .map_err(|source| StandbyError::Image { guest: guest(), source })
 }
 
 /// The first way in which a shadow's blocks differ from its primary's: a state may load without complaint into a
 /// QEMU that lacks a part of the guest's memory.
 fn layout_difference(primary: &RamLayout, shadow: &[RamBlock]) -> Option<String> {
-    for wanted in primary.blocks() {
+    for wanted in primary.blocks().iter().filter(|block| target_of(&block.name).is_none()) {
         match shadow.iter().find(|block| block.name == wanted.name) {
             None => return Some(format!("it has no block {} of {} bytes", wanted.name, wanted.len_bytes)),
             Some(found) if found.used != wanted.len_bytes => {

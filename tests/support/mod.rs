@@ -64,12 +64,16 @@ impl Bed {
     }
 
     pub fn raise_as(options: &LabOptions, shadows: u32) -> Self {
+        let workload = "dirty:2000".parse().unwrap();
+        let guest = GuestOptions { memory_mib: 256, workload, ..GuestOptions::new(GUEST, "host1") };
+        Self::raise_guest(options, shadows, &guest)
+    }
+
+    pub fn raise_guest(options: &LabOptions, shadows: u32, guest: &GuestOptions) -> Self {
         let (hosts, lab) = (options.hosts, Lab::up(options).unwrap());
         let fleet = Fleet::of(&lab).unwrap();
         fleet.wait_hosts(hosts.into(), Duration::from_secs(30)).unwrap();
-        let workload = "dirty:2000".parse().unwrap();
-        let options = GuestOptions { memory_mib: 256, workload, ..GuestOptions::new(GUEST, "host1") };
-        let guest = lab.guest(&options, true).unwrap();
+        let guest = lab.guest(guest, true).unwrap();
         let watch = lab.watch(guest.ip, ASK_EVERY).unwrap();
         watch.wait_answer_after(Instant::now(), Duration::from_secs(10)).expect("the guest answers");
         Self { lab, fleet, guest, watch, shadows }
@@ -95,8 +99,17 @@ impl Bed {
         self.wait_protected()
     }
 
+    /// The same for a guest that is smaller.
+    pub fn assert_equal_disks(&self) -> VerifyReport {
+        self.assert_equal_pages(40_000)
+    }
+
     /// All shadows are equal to the guest.
     pub fn assert_equal(&self) -> VerifyReport {
+        self.assert_equal_pages(65_536)
+    }
+
+    fn assert_equal_pages(&self, at_least: u64) -> VerifyReport {
         let began = Instant::now();
         loop {
             let last = match self.fleet.verify(GUEST) {
@@ -104,7 +117,7 @@ impl Bed {
                     let different = report.shadows.iter().find(|s| s.pages_compared > 0 && !s.equal);
                     assert!(different.is_none(), "a shadow that lies: {report:?}");
                     if report.shadows.len() == self.shadows as usize && report.shadows.iter().all(|s| s.equal) {
-                        assert!(report.shadows.iter().all(|s| s.pages_compared > 65_536), "{report:?}");
+                        assert!(report.shadows.iter().all(|s| s.pages_compared > at_least), "{report:?}");
                         return report;
                     }
                     format!("{report:?}")

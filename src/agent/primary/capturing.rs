@@ -16,6 +16,7 @@ use vmsync::units::{Epoch, GuestUuid, Lineage, Millis, PeerId, Term};
 
 use super::cut_thread::{CutAnswer, CutThread};
 use super::describe::{definition_of, description_of, monitor_call, random_u64, refuse_what_cannot_be_captured};
+use super::disks::DiskWatch;
 use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::{FinalCut, forget_held};
@@ -73,6 +74,7 @@ pub(super) struct Capturing {
     process: QemuProcess,
     memory: GuestMemory,
     live_reads: Option<LiveReads>,
+    disks: DiskWatch,
     mappings: u64,
     pub(super) source: Source,
     cuts: CutThread,
@@ -131,11 +133,12 @@ impl Capturing {
         refuse_what_cannot_be_captured(&definition)?;
         let description = description_of(&domain, &definition)?;
         let guard = context.guards.get().map_err(|e| text(&e))?;
+        let disks = session.disks.of(&context, &domain, &definition)?;
         let options =
             AttachOptions { tracker: context.tracker, bound: context.watchdog, run_dir: context.run_dir.clone() };
         let call = monitor_call(LiveDomain::new(Arc::clone(&context.libvirt), &spec.uuid));
         let Attached { mut cutter, process, layout, tracker_reason } =
-            attach(&domain, &guard, call, &options).map_err(|e| text(&e))?;
+            attach(&domain, &guard, call, Arc::clone(&disks), &options).map_err(|e| text(&e))?;
         let guest = GuestUuid::parse(&spec.uuid).ok_or_else(|| format!("{} is no UUID", spec.uuid))?;
         let source = Source::new(SourceConfig {
             term: Term::new(spec.term),
@@ -153,6 +156,7 @@ impl Capturing {
         cutter.set_at_stop(session.output.at_stop());
         let memory = cutter.memory().clone();
         let mappings = memory.mappings_digest().map_err(|e| text(&e))?;
+        let memory_bytes = memory.ranges().map(|(_, _, len)| len).sum();
         let (tracker, live_reads) = (cutter.tracker_name(), cutter.live_reads());
         let inputs = Mutex::new(session.inputs.clone());
         let cuts = CutThread::start(cutter, move |answer| {
@@ -181,6 +185,7 @@ impl Capturing {
             process,
             memory,
             live_reads,
+            disks: DiskWatch::new(disks),
             mappings,
             source,
             cuts,
@@ -212,8 +217,8 @@ impl Capturing {
             superseded: None,
             trouble: None,
             context,
-            memory_bytes: layout.total_bytes(),
             cut_marks: Vec::new(),
+            memory_bytes,
         })
     }
 
@@ -259,6 +264,7 @@ impl Capturing {
     /// Everything that is due by the clock.
     pub(super) fn timers(&mut self, now: Instant, on_hold: bool, stopped_since: Option<Instant>) {
         self.step(SourceEvent::Tick);
+        self.look_at_disks(now);
         if let Some(since) = self.cutting_since {
             if now > since + CUT_ANSWER_WITHIN {
                 self.trouble = Some(format!("no answer to a cut within {} s", CUT_ANSWER_WITHIN.as_secs()));
@@ -285,6 +291,9 @@ impl Capturing {
             self.cuts.prepare();
             return;
         }
+        if !self.disks.is_ready() {
+            return;
+        }
         match self.source.cut_plan() {
             CutPlan::Skip => {}
             CutPlan::Collect => {
@@ -298,10 +307,26 @@ impl Capturing {
         }
     }
 
+    /// Pages may be read: whoever writes them is seen.
+    fn is_ready(&self) -> bool {
+        self.ready && self.disks.is_ready()
+    }
+
+    fn look_at_disks(&mut self, now: Instant) {
+        match self.disks.look(now, &self.domain) {
+            Ok(false) => {}
+            Ok(true) => {
+                let deferred = std::mem::take(&mut self.deferred);
+                self.carry_out(deferred, VecDeque::new());
+            }
+            Err(reason) => drop(self.trouble.get_or_insert(reason)),
+        }
+    }
+
     /// Cuts now, whatever the interval says; false: the source cannot use one yet.
     pub(super) fn cut_at_once(&mut self) -> bool {
         match self.source.cut_plan() {
-            CutPlan::Cut { extras } if self.cutting_since.is_none() && self.ready => {
+            CutPlan::Cut { extras } if self.cutting_since.is_none() && self.is_ready() => {
                 self.cutting_since = Some(Instant::now());
                 self.cuts.cut(extras);
                 true
@@ -408,14 +433,17 @@ impl Capturing {
             CutError::Guard(guard) => {
                 tracing::warn!(guest = self.guest, error = %guard, "replacing the guard");
                 match self.context.guards.get() {
-                    Ok(guard) => self.cuts.set_guard(guard),
+                    Ok(guard) => {
+                        self.disks.set.set_guard(&guard);
+                        self.cuts.set_guard(guard);
+                    }
                     Err(error) => self.trouble = Some(error.to_string()),
                 }
             }
             // libvirtd may be away for long; what the tracker knows is kept until it is back.
             CutError::Monitor(reason) => tracing::debug!(guest = self.guest, reason, "cut refused"),
             CutError::DeviceState(_) => tracing::warn!(guest = self.guest, %error, "a cut brought no usable state"),
-            CutError::Tracker(_) | CutError::Memory(_) | CutError::Crew(_) | CutError::Pipe(_) => {
+            CutError::Tracker(_) | CutError::Memory(_) | CutError::Crew(_) | CutError::Disk(_) | CutError::Pipe(_) => {
                 self.trouble = Some(error.to_string())
             }
         }
@@ -441,12 +469,12 @@ impl Capturing {
         };
         let described = definition_of(&domain).and_then(|definition| description_of(&domain, &definition));
         let (layout, description) = match (ram_layout(&domain), described) {
-            (Ok((layout, _)), Ok(description)) => (layout, description),
+            (Ok((layout, _)), Ok(description)) => (self.disks.set.layout(&layout), description),
             (Err(error), _) => return self.look_again_later(&error.to_string()),
             (_, Err(error)) => return self.look_again_later(&error),
         };
         let known = self.source.config();
-        if layout != known.layout || description != known.description {
+        if layout.as_ref() != Ok(&known.layout) || description != known.description {
             self.trouble = Some("its devices or its definition changed; the shadows are told".into());
         }
     }
@@ -548,7 +576,7 @@ impl Capturing {
         loop {
             for effect in effects.drain(..) {
                 let reads = matches!(effect, SourceEffect::ReadLive { .. } | SourceEffect::ReadVerify { .. });
-                if reads && (self.cutting_since.is_some() || !self.ready) {
+                if reads && (self.cutting_since.is_some() || !self.is_ready()) {
                     self.deferred.push(effect);
                     continue;
                 }
@@ -634,7 +662,7 @@ impl Capturing {
         let own = self.source.totals();
         status.running = !self.paused && self.final_cut.is_none();
         status.memory_bytes = self.memory_bytes;
-        status.problem = if self.failures >= FAILURES_SHOWN { self.problem.clone() } else { String::new() };
+        status.problem = if self.failures >= FAILURES_SHOWN { self.problem.clone() } else { self.disks.text.clone() };
         status.stats = CaptureStats {
             epoch,
             pause_us: self.totals.pauses.percentiles(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::agent::libvirt::LiveDomain;
 use crate::capture::cutter::MonitorCall;
-use crate::hypervisor::xml::GuestDefinition;
+use crate::hypervisor::xml::{GuestDefinition, without_mirrors};
 use crate::hypervisor::{Domain, XmlKind};
 use crate::standby::ShadowDescription;
 
@@ -18,6 +18,7 @@ pub(super) fn monitor_call(domain: LiveDomain) -> MonitorCall {
 /// The live definition without what changes by itself.
 pub(super) fn definition_of(domain: &Domain) -> Result<String, String> {
     let xml = domain.xml(XmlKind::Migratable).map_err(|e| e.to_string())?;
+    let xml = without_mirrors(&xml).map_err(|e| e.to_string())?;
     Ok(xml.lines().filter(|line| !line.trim_start().starts_with("<currentMemory")).collect::<Vec<_>>().join("\n"))
 }
 

@@ -11,6 +11,7 @@
 mod capturing;
 mod cut_thread;
 mod describe;
+mod disks;
 mod epochs;
 mod exit_watch;
 mod final_cut;
@@ -65,6 +66,8 @@ pub struct PrimaryContext {
     pub tracker: TrackerChoice,
     pub watchdog: Duration,
     pub run_dir: std::path::PathBuf,
+    pub disk_dir: std::path::PathBuf,
+    pub disk_copy_mib_per_s: u64,
     /// Where epochs are recorded, if at all.
     pub record_dir: Option<std::path::PathBuf>,
     /// Takes events for the manager; must not block.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::capturing::{Capturing, mirror_budget};
+use super::disks::SessionDisks;
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
 use super::final_cut::forget_held;
@@ -107,6 +108,7 @@ pub(super) struct Session {
     pub(super) epochs: EpochNumbers,
     pub(super) output: Output,
     publish_at: Instant,
+    pub(super) disks: SessionDisks,
 }
 
 struct Link {
@@ -144,6 +146,7 @@ impl Session {
             epochs,
             output,
             publish_at: Instant::now(),
+            disks: SessionDisks::default(),
         }
     }
 

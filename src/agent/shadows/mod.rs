@@ -26,6 +26,7 @@ use crate::api::types::ApiError;
 use crate::config::Config;
 use crate::transport::Security;
 use slot::Slot;
+pub(super) use slot::remove_images;
 
 /// Sync connections served at a time; each shadow has one.
 const MAX_CONNECTIONS: usize = 1024;
@@ -35,6 +36,7 @@ pub(super) struct Shared {
     pub(super) host: String,
     pub(super) security: Security,
     pub(super) run_dir: std::path::PathBuf,
+    pub(super) disk_dir: std::path::PathBuf,
     pub(super) libvirt: Arc<Libvirt>,
     /// Promoted guests that are being announced and defined.
     pub(super) finishing: Mutex<BTreeMap<String, JoinHandle<()>>>,
@@ -72,6 +74,7 @@ impl Shadows {
             host: config.host.clone(),
             security,
             run_dir: config.run_dir.clone(),
+            disk_dir: config.agent.disk_dir.clone(),
             libvirt,
             finishing: Mutex::default(),
         });

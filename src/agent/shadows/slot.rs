@@ -15,9 +15,12 @@ use vmsync::wire::WireError;
 
 use super::connection::Answers;
 use super::{Promoted, Shared};
+use crate::agent::libvirt::Libvirt;
 use crate::api::control::ShadowStatus;
 use crate::api::types::ApiError;
-use crate::hypervisor::{HypervisorEvent, Lifecycle};
+use crate::disk::images;
+use crate::hypervisor::xml::GuestDefinition;
+use crate::hypervisor::{HypervisorError, HypervisorEvent, Lifecycle, XmlKind};
 use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription, replace_file};
 
 /// Memory for epochs that are not applied yet: a quarter of the guest would do for most, this much for all.
@@ -350,9 +353,10 @@ impl Slot {
             return Ok(PreparedImage::Kept);
         }
         self.step_locked(&mut inner, TargetEvent::ImageLost);
-        let made = Shadow::create(&hypervisor, &description, &hello.layout, run_dir);
-        inner.shadow = Some(made.map_err(|e| e.to_string())?);
-        Ok(PreparedImage::Fresh)
+        let made = Shadow::create(&hypervisor, &description, &hello.layout, run_dir, &self.shared.disk_dir);
+        let (shadow, has_contents) = made.map_err(|e| e.to_string())?;
+        inner.shadow = Some(shadow);
+        Ok(if has_contents { PreparedImage::Kept } else { PreparedImage::Fresh })
     }
 
     /// Hashes all pages on a thread of its own, a bit at a time.
@@ -474,6 +478,7 @@ impl Slot {
         self.destroy_image(&mut inner);
         self.shared.libvirt.forget(&self.uuid);
         remove_files(&dir_of(&self.shared.run_dir, &self.uuid));
+        remove_images(&self.shared.libvirt, &self.shared.disk_dir, &self.uuid);
         tracing::info!(guest = self.domain, "shadow dropped");
         Ok(())
     }
@@ -502,6 +507,24 @@ impl Slot {
             _ if inner.problem.is_empty() => "nothing committed yet".into(),
             _ => inner.problem.clone(),
         };
+    }
+}
+
+/// Removes the images of a guest's disks, but for those that it runs from here.
+pub(in crate::agent) fn remove_images(libvirt: &Libvirt, disk_dir: &Path, uuid: &str) {
+    let in_use = match libvirt.lookup(uuid) {
+        Err(HypervisorError::NotFound { .. }) => Ok(Vec::new()),
+        Err(error) => Err(error.to_string()),
+        Ok(domain) => domain.xml(XmlKind::Live).map_err(|error| error.to_string()).and_then(|xml| {
+            let definition = GuestDefinition::parse(&xml).map_err(|error| error.to_string())?;
+            Ok(definition.disks.into_iter().filter_map(|disk| disk.source).collect())
+        }),
+    };
+    // Without libvirt's word nothing is removed: a guest's only disk may be among them.
+    let removed = in_use
+        .and_then(|in_use: Vec<String>| images::remove(disk_dir, uuid, &in_use).map_err(|error| error.to_string()));
+    if let Err(error) = removed {
+        tracing::warn!(uuid, dir = %disk_dir.display(), error, "images of a guest's disks stay");
     }
 }
 

@@ -101,6 +101,11 @@ impl GuestDefinition {
         })
     }
 
+    /// Disks that a shadow needs a copy of.
+    pub fn mirrored_disks(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.iter().filter(|disk| disk.writable && disk.device == "disk")
+    }
+
     /// Why this guest cannot have shadows; empty when it can, as far as its definition tells. QEMU's own reasons
     /// come from [`crate::hypervisor::Domain::migration_blockers`].
     pub fn refusals(&self) -> &[Refusal] {
@@ -194,9 +199,9 @@ fn refusals(root: &Element) -> Vec<Refusal> {
         let kind = security.attributes.get("type").map_or("some kind", String::as_str);
         refuse(format!("its memory is encrypted ({kind})"), "remove <launchSecurity> to have it shadowed");
     }
-    for disk in devices(root, "disk") {
-        let kind = disk.attributes.get("type").map_or("", String::as_str);
-        let disk = self::disk(disk);
+    for element in devices(root, "disk") {
+        let kind = element.attributes.get("type").map_or("", String::as_str);
+        let disk = self::disk(element);
         if kind == "vhostuser" || kind == "vhostvdpa" {
             refuse(
                 format!(
@@ -206,10 +211,7 @@ fn refusals(root: &Element) -> Vec<Refusal> {
                 "use a disk that QEMU itself serves",
             );
         } else if disk.writable {
-            refuse(
-                format!("disks are not mirrored yet: {} {} is writable", disk.device, disk.target),
-                "detach it, or make it <readonly/>",
-            );
+            refuse_disk(element, &disk, &mut refuse);
         }
     }
     for element in devices(root, "interface") {
@@ -247,7 +249,7 @@ fn refusals(root: &Element) -> Vec<Refusal> {
         match model {
             "dimm" => {}
             "nvdimm" | "virtio-pmem" => {
-                refuse(format!("a {model} keeps data on the host; disks are not mirrored yet"), "detach it")
+                refuse(format!("a {model} keeps data on the host, which is not mirrored"), "detach it")
             }
             _ => refuse(format!("memory of model {model} is not supported yet"), "use <memory model='dimm'>"),
         }
@@ -263,6 +265,34 @@ fn refusals(root: &Element) -> Vec<Refusal> {
         );
     }
     found
+}
+
+/// A writable disk that cannot be mirrored, or whose copy would not be what it is.
+fn refuse_disk(element: &Element, disk: &Disk, refuse: &mut impl FnMut(String, &str)) {
+    let target = &disk.target;
+    let has = |name: &str| element.get_child(name).is_some();
+    let encrypted =
+        has("encryption") || element.get_child("source").is_some_and(|s| s.get_child("encryption").is_some());
+    if disk.device != "disk" {
+        refuse(
+            format!("{} {target} is writable, and only disks are mirrored", disk.device),
+            "detach it, or make it <readonly/>",
+        );
+    } else if disk.source.is_none() {
+        refuse(format!("disk {target} has no source that could be mirrored"), "detach it");
+    } else if has("shareable") {
+        refuse(
+            format!("disk {target} is shared with other guests, whose writes a shadow would miss"),
+            "detach it, or remove <shareable/> if no other guest writes it",
+        );
+    } else if has("transient") {
+        refuse(format!("what the guest writes to disk {target} is thrown away at its end"), "remove <transient/>");
+    } else if encrypted {
+        refuse(
+            format!("disk {target} is encrypted by QEMU, and its copies would not be"),
+            "encrypt inside the guest, or the hosts' file systems",
+        );
+    }
 }
 
 fn unstable_tsc(root: &Element) -> bool {
@@ -320,7 +350,6 @@ mod tests {
         let guest = GuestDefinition::parse(RICH).unwrap();
         let reasons: Vec<_> = guest.refusals().iter().map(|r| r.reason.as_str()).collect();
         let expected = [
-            "disks are not mirrored yet: disk vda is writable",
             "interface 52:54:00:00:00:0d is vhostuser: another process or a device writes to memory unseen",
             "a host's device is passed through (subsystem pci)",
             "a host's folder is mounted in the guest (share)",
@@ -353,6 +382,14 @@ mod tests {
         assert!(
             refused("kvm", "", "<disk type='file' device='floppy'><target dev='fda'/></disk>").contains("floppy fda")
         );
+        let disk = |inside: &str| {
+            format!("<disk type='file' device='disk'><source file='/a'/><target dev='vda'/>{inside}</disk>")
+        };
+        assert_eq!(refused("kvm", "", &disk("")), "");
+        assert_eq!(refused("kvm", "", &disk("<shareable/><readonly/>")), "");
+        assert!(refused("kvm", "", &disk("<shareable/>")).contains("other guests"));
+        assert!(refused("kvm", "", &disk("<transient/>")).contains("thrown away"));
+        assert!(refused("kvm", "", &disk("<encryption format='luks'/>")).contains("encrypted"));
         assert!(refused("kvm", "", "<interface type='hostdev'/>").contains("VFIO"));
         let tsc =
             "<cpu><feature policy='require' name='invtsc'/></cpu><clock><timer name='tsc' frequency='1'/></clock>";

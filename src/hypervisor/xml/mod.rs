@@ -10,12 +10,14 @@
 
 mod abilities;
 mod definition;
+mod disks;
 mod nics;
 mod shadow;
 mod tree;
 
 pub use abilities::{cpu_models, machine_types, policy_element, policy_text};
 pub use definition::{Disk, GuestDefinition, Interface, InterfaceLink, Refusal};
+pub use disks::{disk_file, with_disk_files, without_mirrors};
 pub use nics::{OutputNic, output_nics};
 pub use shadow::{clean_persistent_xml, is_shadow, shadow_xml, shape};
 

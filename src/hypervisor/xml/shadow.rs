@@ -7,6 +7,7 @@
 use xmltree::{Element, Namespace, XMLNode};
 
 use super::XmlError;
+use super::disks::{is_mirrored, strip_source};
 use super::tree::{QEMU_NAMESPACE, children, elements_mut, ensure_child, parse_domain, remove_children, write};
 
 const INCOMING: [&str; 2] = ["-incoming", "defer"];
@@ -84,6 +85,9 @@ pub fn shape(live: &str) -> Result<String, XmlError> {
         // What shows or limits the guest on its host can change while it runs.
         remove_children(devices, |device| matches!(device.name.as_str(), "graphics" | "emulator"));
         for device in elements_mut(devices) {
+            if is_mirrored(device) {
+                strip_source(device);
+            }
             remove_children(device, |child| {
                 matches!(child.name.as_str(), "bandwidth" | "iotune" | "link" | "filterref")
             });

@@ -1,0 +1,268 @@
+//! Serves one disk's copy to QEMU's mirror job: one socket, one connection, one thread.
+//!
+//! ```text
+//! Waiting --QEMU connects--> Serving --end of the stream, error, shut down by the guard--> Ended
+//! ```
+//! Only the QEMU of the guest may connect. The thread reads one request at a time and nothing ahead, so that what waits
+//! in the socket is what nobody works on (see [`super::line`]).
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::copy::DiskCopy;
+use super::proto::{self, Command, Errno, Negotiated, Request};
+use crate::capture::guard::{Guard, Slot};
+
+/// State of a server's only connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Waiting,
+    Serving,
+    /// And why.
+    Ended(String),
+}
+
+/// Handle of a server; dropped, it ends.
+pub struct Server {
+    shared: Arc<Shared>,
+    path: PathBuf,
+}
+
+struct Shared {
+    copy: Arc<DiskCopy>,
+    name: String,
+    state: Mutex<State>,
+    connection: Mutex<Option<Connection>>,
+    /// What the guard looks at; see [`super::line`].
+    progress: File,
+    counted: Mutex<u64>,
+    guard: Mutex<Arc<Guard>>,
+}
+
+struct Connection {
+    socket: UnixStream,
+    /// Of the guard that watches it.
+    watched: Option<Slot>,
+}
+
+impl Server {
+    /// Listens at `path` for a process of user `uid` whose number is `allowed`.
+    pub fn start(
+        path: &Path,
+        uid: u32,
+        allowed: impl Fn(i32) -> bool + Send + 'static,
+        name: &str,
+        copy: Arc<DiskCopy>,
+        guard: Arc<Guard>,
+    ) -> io::Result<Self> {
+        let _ = fs::remove_file(path);
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        std::os::unix::fs::chown(path, Some(uid), None)?;
+        let shared = Arc::new(Shared {
+            copy,
+            name: name.to_owned(),
+            state: Mutex::new(State::Waiting),
+            connection: Mutex::new(None),
+            progress: File::from(memfd_create(c"virt-shadow-progress", MFdFlags::MFD_CLOEXEC)?),
+            counted: Mutex::new(0),
+            guard: Mutex::new(guard),
+        });
+        shared.count()?;
+        shared.count()?;
+        let server = Self { shared: Arc::clone(&shared), path: path.to_owned() };
+        std::thread::Builder::new().name("disk-server".into()).spawn(move || {
+            let outcome = shared.accept(&listener, allowed).and_then(|socket| shared.serve(socket));
+            let reason = outcome.map_or_else(|error| error.to_string(), |()| "QEMU closed the connection".into());
+            shared.end(reason);
+        })?;
+        Ok(server)
+    }
+
+    pub fn state(&self) -> State {
+        lock(&self.shared.state).clone()
+    }
+
+    /// Whether every write that QEMU was told to be done is in the copy, and QEMU has no reason to have stopped mirroring:
+    /// asked while the guest is stopped.
+    pub fn is_settled(&self) -> bool {
+        if *lock(&self.shared.state) != State::Serving || *lock(&self.shared.counted) % 2 == 1 {
+            return false;
+        }
+        let connection = lock(&self.shared.connection);
+        let Some(connection) = connection.as_ref() else { return false };
+        let events = libc::POLLIN | libc::POLLRDHUP;
+        let mut polled = libc::pollfd { fd: connection.socket.as_raw_fd(), events, revents: 0 };
+        // SAFETY: one live element; returns at once.
+        unsafe { libc::poll(&mut polled, 1, 0) == 0 }
+    }
+
+    /// Has the connection watched by another guard, after the former one was lost.
+    pub fn set_guard(&self, guard: &Arc<Guard>) {
+        *lock(&self.shared.guard) = Arc::clone(guard);
+        if let Some(connection) = lock(&self.shared.connection).as_mut() {
+            connection.watched = self.shared.watch(guard, &connection.socket);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.end("no longer wanted".into());
+        // Wakes the thread if it still waits for QEMU.
+        let _ = UnixStream::connect(&self.path);
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn end(&self, reason: String) {
+        {
+            let mut state = lock(&self.state);
+            if !matches!(*state, State::Ended(_)) {
+                *state = State::Ended(reason);
+            }
+        }
+        if let Some(connection) = lock(&self.connection).take() {
+            let _ = connection.socket.shutdown(Shutdown::Both);
+            if let Some(slot) = connection.watched {
+                let _ = lock(&self.guard).unwatch(slot);
+            }
+        }
+    }
+
+    fn is_ended(&self) -> bool {
+        matches!(*lock(&self.state), State::Ended(_))
+    }
+
+    /// A request is begun, or answered.
+    fn count(&self) -> io::Result<()> {
+        let mut counted = lock(&self.counted);
+        *counted += 1;
+        self.progress.write_all_at(&counted.to_ne_bytes(), 0)
+    }
+
+    fn accept(&self, listener: &UnixListener, allowed: impl Fn(i32) -> bool) -> io::Result<UnixStream> {
+        loop {
+            let (socket, _) = listener.accept()?;
+            if self.is_ended() {
+                return Err(io::Error::other("no longer wanted"));
+            }
+            let from = getsockopt(&socket, PeerCredentials)?.pid();
+            if allowed(from) {
+                return Ok(socket);
+            }
+            tracing::warn!(from, "a process that is not the guest's QEMU wanted to write its disk's copy");
+        }
+    }
+
+    fn watch(&self, guard: &Guard, socket: &UnixStream) -> Option<Slot> {
+        match guard.watch_line(socket, &self.progress) {
+            Ok(slot) => Some(slot),
+            Err(error) => {
+                tracing::error!(%error, "the guard does not watch a disk's connection");
+                None
+            }
+        }
+    }
+
+    fn serve(&self, mut socket: UnixStream) -> io::Result<()> {
+        let watched = self.watch(&lock(&self.guard).clone(), &socket);
+        *lock(&self.connection) = Some(Connection { socket: socket.try_clone()?, watched });
+        if !self.negotiate(&mut socket)? {
+            return Ok(());
+        }
+        {
+            let mut state = lock(&self.state);
+            if *state != State::Waiting {
+                return Ok(());
+            }
+            *state = State::Serving;
+        }
+        let mut buffer = Vec::new();
+        loop {
+            let mut head = [0; proto::REQUEST_BYTES];
+            socket.read_exact(&mut head)?;
+            let request = proto::request(&head).map_err(io::Error::other)?;
+            if request.command == Command::Disconnect {
+                return Ok(());
+            }
+            buffer.clear();
+            if request.command == Command::Write {
+                buffer.resize(request.len as usize, 0);
+                socket.read_exact(&mut buffer)?;
+            }
+            self.count()?;
+            let outcome = self.perform(&request, &mut buffer);
+            self.count()?;
+            // The job ends with the first error: say why before QEMU knows, so that no cut takes the copy for whole.
+            if let Err((errno, reason)) = outcome {
+                self.end_serving(reason);
+                return socket.write_all(&request.reply(Some(errno)));
+            }
+            socket.write_all(&request.reply(None))?;
+            if request.command == Command::Read {
+                socket.write_all(&buffer)?;
+            }
+        }
+    }
+
+    /// Unlike [`Shared::end`] it leaves the connection open for an answer.
+    fn end_serving(&self, reason: String) {
+        *lock(&self.state) = State::Ended(reason);
+    }
+
+    fn negotiate(&self, socket: &mut UnixStream) -> io::Result<bool> {
+        socket.write_all(&proto::greeting())?;
+        let mut flags = [0; 4];
+        socket.read_exact(&mut flags)?;
+        let no_zeroes = proto::client_flags(flags).map_err(io::Error::other)?;
+        for _ in 0..proto::MAX_OPTIONS {
+            let mut head = [0; proto::OPTION_HEAD_BYTES];
+            socket.read_exact(&mut head)?;
+            let (option, len) = proto::option_head(&head).map_err(io::Error::other)?;
+            let mut data = vec![0; len as usize];
+            socket.read_exact(&mut data)?;
+            match proto::negotiate(option, &data, &self.name, self.copy.len(), no_zeroes) {
+                Negotiated::Reply(bytes) => socket.write_all(&bytes)?,
+                Negotiated::Transmission(bytes) => return socket.write_all(&bytes).map(|()| true),
+                Negotiated::End(bytes) => return socket.write_all(&bytes).map(|()| false),
+            }
+        }
+        Err(io::Error::other("too many options"))
+    }
+
+    fn perform(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), (Errno, String)> {
+        if let Some(errno) = request.refusal(self.copy.len()) {
+            return Err((errno, format!("QEMU asked for something it may not: {request:?}")));
+        }
+        let done = match request.command {
+            Command::Read => {
+                buffer.resize(request.len as usize, 0);
+                self.copy.read(request.offset, buffer)
+            }
+            Command::Write => self.copy.write(request.offset, buffer),
+            Command::Trim | Command::WriteZeroes => self.copy.zero(request.offset, request.len.into()),
+            // A copy here is worth nothing after a power cut: nothing of it needs to be flushed.
+            Command::Flush | Command::Disconnect | Command::Other(_) => Ok(()),
+        };
+        done.map_err(|error| {
+            let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+            let errno = if full { Errno::NoSpace } else { Errno::Io };
+            (errno, format!("{}: {error}", self.copy.path().display()))
+        })
+    }
+}
