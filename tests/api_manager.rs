@@ -51,6 +51,7 @@ async fn enable_is_carried_out_and_shown() {
         ("shadows_wanted", json!(2)),
         ("interval_ms", json!(50)),
         ("mirror_mib", json!(256)),
+        ("keep", json!({"epochs": 0, "age_ms": 0, "mib": 0})),
         ("memory_bytes", json!(1u64 << 30)),
     ] {
         assert_eq!(guest[key], value, "{key}");
@@ -218,6 +219,32 @@ async fn an_event_that_happens_while_no_manager_runs_is_told_to_the_next() {
     let daemon = restarted.await.unwrap();
     assert_eq!((&daemon.socket, daemon.control), (&path, control));
     daemon.until("/v1/guests/web", "promoted", |guest| guest["primary"]["host"] == "h2").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_goes_back_to_an_epoch_only_if_a_shadow_keeps_it() {
+    let (_dir, daemon, agents) = fleet("back").await;
+    protect(&daemon, 2).await;
+    agents[2].table().kept = vec![41, 42, 100];
+    let (_, shadows) = daemon.call("GET", "/v1/guests/web/epochs", Value::Null).await;
+    let epochs = |at: usize| shadows[at]["epochs"].as_array().unwrap().len();
+    assert_eq!((epochs(0), epochs(1)), (0, 3), "{shadows}");
+
+    for (body, words) in [
+        (json!({"epoch": 40, "force": true}), "h2 has none; h3 has 3 from 41 to 100"),
+        (json!({"epoch": 42, "force": true, "to": "h2"}), "not kept"),
+        (json!({"epoch": 42}), "--force"),
+        (json!({"epoch": -1, "force": true}), "u64"),
+    ] {
+        let (status, error) = daemon.call("POST", "/v1/guests/web/promote", body).await;
+        assert!(status >= 400 && error["message"].as_str().unwrap().contains(words), "{error}");
+    }
+    assert!(agents[0].runs(), "nothing was stopped");
+    let (_, report) = daemon.call("POST", "/v1/guests/web/promote", json!({"epoch": 42, "force": true})).await;
+    assert_eq!((&report["to"], &report["epoch"]), (&json!("h3"), &json!(42)), "{report}");
+    assert!(!agents[0].runs() && agents[2].runs());
+    let back = |command: &Command| matches!(command, Command::Promote { back_to: Some(42), after_epoch: 0, .. });
+    assert_eq!(agents[2].table().commands.iter().filter(|command| back(command)).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use crate::consistency::Consistency;
 use crate::fleet::{FleetError, FleetPlan, Policy, Question, Topology};
-use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Keep, Moment, Term};
 
 mod context;
 mod failover;
@@ -50,7 +50,7 @@ pub use model::{
     Phase, PrimaryReport, Record, Seat, ShadowReport, Switchover, SwitchoverStep,
 };
 pub use planning::why_not;
-pub use requests::{DEFAULT_MIRROR_MIB, INTERVAL_MS, MIRROR_MIB, Wish};
+pub use requests::{DEFAULT_KEEP_MIB, DEFAULT_MIRROR_MIB, INTERVAL_MS, KEEP_EPOCHS, KEEP_MIB, MIRROR_MIB, Wish};
 
 /// Times of the state machine. Those of single orders are beside them.
 #[derive(Debug, Clone, Copy)]
@@ -195,6 +195,7 @@ pub enum Answer {
 
 /// What an operator asks for.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and soon gone")]
 pub enum Request {
     Enable(Wish),
     /// What a protected guest asks of its shadows from now on, their number included.
@@ -205,10 +206,12 @@ pub enum Request {
     Disable {
         guest: GuestId,
     },
+    /// With `back_to` from that epoch, which the shadow on `to` keeps.
     Promote {
         guest: GuestId,
         to: Option<HostName>,
         force: bool,
+        back_to: Option<Epoch>,
     },
     Switchover {
         guest: GuestId,
@@ -262,6 +265,7 @@ pub enum Order {
         domain: String,
         term: Term,
         primary: HostName,
+        keep: Keep,
     },
     DropShadow {
         guest: GuestId,
@@ -285,6 +289,7 @@ pub enum Order {
         guest: GuestId,
         term: Term,
         after_epoch: Epoch,
+        back_to: Option<Epoch>,
     },
     FinalCut {
         guest: GuestId,

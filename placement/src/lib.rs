@@ -15,4 +15,4 @@ pub mod term;
 pub mod units;
 
 pub use consistency::{Consistency, ConsistencyMode, OnLoss, Quorum};
-pub use units::{Budget, Epoch, GuestId, HostName, Moment, Term};
+pub use units::{Budget, Epoch, GuestId, HostName, Keep, Moment, Term};

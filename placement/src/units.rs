@@ -93,6 +93,18 @@ impl Moment {
     }
 }
 
+/// How much of its past each shadow of a guest keeps, to go back to. All zero: nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keep {
+    /// Most epochs besides the newest; 0: any number.
+    pub epochs: u64,
+    /// Age of the oldest, milliseconds; 0: any.
+    pub age_ms: u64,
+    /// Most memory on the shadow's host, MiB.
+    pub mib: u64,
+}
+
 /// What protecting a guest may cost. 0 is no limit; without any the guest is cut at its fixed interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -104,7 +104,8 @@ fn a_definite_no_passes_the_turn_with_a_further_term() {
     assert_eq!(world.promised.len(), 2, "each shadow was asked once, with a term of its own");
     // An operator who mended what was wrong tries again.
     world.refusals = 0;
-    let id = world.request(Request::Promote { guest: "web".into(), to: Some("h3".into()), force: false });
+    let id =
+        world.request(Request::Promote { guest: "web".into(), to: Some("h3".into()), force: false, back_to: None });
     assert!(world.run_until(1_000, |world| world.runs_on("web") == Some(&name("h3"))), "{:#?}", world.log);
     world.run_ms(100);
     assert!(matches!(&world.answers[&id], Ok(Reply::Moved { to, .. }) if *to == name("h3")));
@@ -234,12 +235,12 @@ fn a_dead_shadow_host_is_replaced_from_another_rack() {
 #[test]
 fn promote_names_switchover_while_the_primary_answers_and_force_stops_it_first() {
     let mut world = protected(2, 2, 1);
-    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: false });
+    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: false, back_to: None });
     world.run_ms(100);
     assert!(
         matches!(&world.answers[&id], Err(RequestError::Conflict(why)) if why.contains("virt-shadow switchover web"))
     );
-    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: true });
+    let id = world.request(Request::Promote { guest: "web".into(), to: None, force: true, back_to: None });
     assert!(world.run_until(1_000, |world| world.answers.contains_key(&id)), "{:#?}", world.log);
     assert!(world.answers[&id].is_ok() && world.runs_on("web") == Some(&name("h2")));
 }

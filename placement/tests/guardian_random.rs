@@ -36,7 +36,7 @@ fn accident(world: &mut World, guest: &GuestId) {
             }
         }
         8 => drop(world.request(Request::Switchover { guest: guest.clone(), to: None })),
-        9 => drop(world.request(Request::Promote { guest: guest.clone(), to: None, force: true })),
+        9 => drop(world.request(Request::Promote { guest: guest.clone(), to: None, force: true, back_to: None })),
         10 => {
             if let Some(host) = runs_on {
                 world.stop_guest(&host, guest);

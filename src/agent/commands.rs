@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::api::control::{Command, Done, GuestNeeds, GuestRecord, Role, ShadowTarget};
 use crate::api::link::{CommandHandler, StartRefusal};
-use crate::api::types::{ApiError, Budget, Consistency};
+use crate::api::types::{ApiError, Budget, Consistency, Keep};
 use crate::hypervisor::xml::{self, GuestDefinition};
 use crate::hypervisor::{Domain, DomainState, HypervisorError, XmlKind};
 use crate::standby::is_uuid;
@@ -34,11 +34,22 @@ impl CommandHandler for Agent {
                 self.protect(uuid, domain, term, (interval_ms, budget), (mirror_mib, consistency), shadows).await
             }
             Command::Release { uuid } => self.release(uuid).await,
-            Command::AcceptShadow { uuid, domain, term, primary } => {
-                self.accept_shadow(uuid, domain, term, primary).await
+            Command::AcceptShadow { uuid, domain, term, primary, keep } => {
+                self.accept_shadow(uuid, domain, term, primary, keep).await
             }
             Command::DropShadow { uuid } => self.drop_shadow(uuid).await,
-            Command::Promote { uuid, term, after_epoch } => self.promote(uuid, term, after_epoch).await,
+            Command::Promote { uuid, term, after_epoch, back_to } => {
+                self.promote(uuid, term, after_epoch, back_to).await
+            }
+            Command::Epochs { uuid } => {
+                let shadows = Arc::clone(&self.shadows);
+                Ok(Done::Epochs { epochs: blocking(move || shadows.epochs(&uuid)).await? })
+            }
+            Command::HoldEpoch { uuid, epoch, hold_ms } => {
+                let shadows = Arc::clone(&self.shadows);
+                blocking(move || shadows.hold_epoch(&uuid, epoch, hold_ms)).await??;
+                Ok(Done::Nothing)
+            }
             Command::FinalCut { uuid, to } => {
                 let answer = self.ask_primary(&uuid, |primary| primary.final_cut(to))?.await?;
                 Ok(Done::FinalCut { epoch: answer.0, paused_for_us: answer.1 })
@@ -82,6 +93,8 @@ fn uuid_of(command: &Command) -> Option<&String> {
         | Command::AcceptShadow { uuid, .. }
         | Command::DropShadow { uuid }
         | Command::Promote { uuid, .. }
+        | Command::Epochs { uuid }
+        | Command::HoldEpoch { uuid, .. }
         | Command::FinalCut { uuid, .. }
         | Command::UndoFinalCut { uuid, .. }
         | Command::Retire { uuid, .. }
@@ -253,13 +266,21 @@ impl Agent {
         Ok(Done::Nothing)
     }
 
-    async fn accept_shadow(&self, uuid: String, domain: String, term: u64, primary: String) -> Result<Done, ApiError> {
+    async fn accept_shadow(
+        &self,
+        uuid: String,
+        domain: String,
+        term: u64,
+        primary: String,
+        keep: Keep,
+    ) -> Result<Done, ApiError> {
         let record = GuestRecord {
             uuid: uuid.clone(),
             domain: domain.clone(),
             term,
             role: Role::Shadow,
             primary: Some(primary.clone()),
+            keep,
             active: false,
         };
         self.records.set(record)?.map_err(|known| self.term_is_over(&uuid, term, known.term))?;
@@ -267,7 +288,7 @@ impl Agent {
             self.stop_copy(uuid.clone(), term).await?;
         }
         let shadows = Arc::clone(&self.shadows);
-        blocking(move || shadows.accept(&uuid, &domain, term, &primary)).await??;
+        blocking(move || shadows.accept(&uuid, &domain, term, &primary, keep)).await??;
         Ok(Done::Nothing)
     }
 
@@ -281,10 +302,10 @@ impl Agent {
         Ok(Done::Nothing)
     }
 
-    async fn promote(&self, uuid: String, term: u64, after_epoch: u64) -> Result<Done, ApiError> {
+    async fn promote(&self, uuid: String, term: u64, after_epoch: u64, back_to: Option<u64>) -> Result<Done, ApiError> {
         let shadows = Arc::clone(&self.shadows);
         let guest = uuid.clone();
-        let promoted = blocking(move || shadows.promote(&guest, term, after_epoch)).await??;
+        let promoted = blocking(move || shadows.promote(&guest, term, after_epoch, back_to)).await??;
         self.record(&uuid, None, term, Role::Primary)?;
         Ok(Done::Promoted { epoch: promoted.epoch, took_us: promoted.took_us })
     }

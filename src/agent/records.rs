@@ -80,7 +80,15 @@ impl Records {
 
     /// Remembers that `uuid` has `role` with `term` here; of a shadow, whose it is is not known any more.
     pub fn set_role(&self, uuid: &str, domain: &str, term: u64, role: Role) -> Result<Result<(), u64>, RecordError> {
-        let record = GuestRecord { uuid: uuid.into(), domain: domain.into(), term, role, primary: None, active: false };
+        let record = GuestRecord {
+            uuid: uuid.into(),
+            domain: domain.into(),
+            term,
+            role,
+            primary: None,
+            keep: Default::default(),
+            active: false,
+        };
         Ok(self.set(record)?.map_err(|known| known.term))
     }
 

@@ -21,7 +21,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::types::{ApiError, Budget, CaptureStats, Consistency, DoctorReport, Percentiles, ShadowState, VerifyReport};
+use super::types::{
+    ApiError, Budget, CaptureStats, Consistency, DoctorReport, Keep, KeptEpoch, Percentiles, ShadowState, VerifyReport,
+};
 
 /// Grows with every incompatible change; both sides must have the same.
 pub const CONTROL_VERSION: u32 = 1;
@@ -104,6 +106,9 @@ pub struct GuestRecord {
     /// Of a shadow: the host whose guest it follows, and which alone may write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub primary: Option<String>,
+    /// Of a shadow: how many former epochs it keeps.
+    #[serde(default)]
+    pub keep: Keep,
     /// Whether a domain of that UUID is active in this host's libvirt right now.
     #[serde(default)]
     pub active: bool,
@@ -214,6 +219,9 @@ pub struct ShadowStatus {
     pub uuid: String,
     pub term: u64,
     pub committed_epoch: u64,
+    /// Term of the primary that it came from; 0: none.
+    #[serde(default)]
+    pub committed_term: u64,
     pub connected: bool,
     /// Why it could not be promoted now; empty when it could.
     pub problem: String,
@@ -261,12 +269,30 @@ pub enum Command {
     /// Stop protecting; forget the guest. The guest runs on.
     Release { uuid: String },
     /// Accept a shadow of this guest from that host. The stream brings its definition.
-    AcceptShadow { uuid: String, domain: String, term: u64, primary: String },
+    AcceptShadow {
+        uuid: String,
+        domain: String,
+        term: u64,
+        primary: String,
+        /// How many former epochs it shall keep.
+        #[serde(default)]
+        keep: Keep,
+    },
     /// Give up a shadow: its domain, memory and journal are gone when this returns.
     DropShadow { uuid: String },
     /// Become primary with `term`, from the newest committed epoch. -> [`Done::Promoted`]
-    /// `after_epoch`: refuse unless at least that epoch is committed.
-    Promote { uuid: String, term: u64, after_epoch: u64 },
+    /// `after_epoch`: refuse unless at least that epoch is committed. `back_to`: from that former epoch instead.
+    Promote {
+        uuid: String,
+        term: u64,
+        after_epoch: u64,
+        #[serde(default)]
+        back_to: Option<u64>,
+    },
+    /// Which epochs the shadow here could be promoted from. -> [`Done::Epochs`]
+    Epochs { uuid: String },
+    /// Keep that epoch for so long, whatever the limits say: a promotion back to it is about to come.
+    HoldEpoch { uuid: String, epoch: u64, hold_ms: u64 },
     /// Suspend the guest, cut, and wait until `to` has committed it. The guest stays suspended. -> [`Done::FinalCut`]
     FinalCut { uuid: String, to: String },
     /// Undo a `FinalCut`: the guest goes on here.
@@ -338,4 +364,8 @@ pub enum Done {
         status: Option<ShadowStatus>,
     },
     Doctor(DoctorReport),
+    /// Oldest first; none without a shadow here.
+    Epochs {
+        epochs: Vec<KeptEpoch>,
+    },
 }

@@ -1,6 +1,6 @@
 //! What the REST API speaks: requests, and the views that `virt-shadow` prints. Field names are stable.
 
-pub use placement::{Budget, Consistency, ConsistencyMode, OnLoss, Quorum};
+pub use placement::{Budget, Consistency, ConsistencyMode, Keep, OnLoss, Quorum};
 use serde::{Deserialize, Serialize};
 
 /// Sent to `POST /v1/guests`: protect a running guest.
@@ -24,6 +24,9 @@ pub struct EnableRequest {
     /// What clients may rely on after a failover.
     #[serde(default)]
     pub consistency: Consistency,
+    /// How much of the past each shadow keeps, to go back to; nothing if not given.
+    #[serde(default)]
+    pub keep: Keep,
     /// Hosts that must hold the shadows; empty: the manager chooses.
     #[serde(default)]
     pub on: Vec<String>,
@@ -42,6 +45,7 @@ impl EnableRequest {
             budget: Budget::default(),
             mirror_mib: DEFAULT_MIRROR_MIB,
             consistency: Consistency::default(),
+            keep: Keep::default(),
             on: Vec::new(),
             host: None,
         }
@@ -147,6 +151,31 @@ pub struct MoveRequest {
     /// `promote` only: go on although the primary still answers. It is stopped first.
     #[serde(default)]
     pub force: bool,
+    /// `promote` only: back to that epoch, which a shadow keeps.
+    #[serde(default)]
+    pub epoch: Option<u64>,
+}
+
+/// An epoch that a shadow could be promoted from: `GET /v1/guests/{domain}/epochs`, `virt-shadow epochs`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptEpoch {
+    pub epoch: u64,
+    /// Term of the primary that cut it.
+    pub term: u64,
+    /// Since it was committed on this shadow, milliseconds.
+    pub age_ms: u64,
+    /// What keeping it takes; 0 for the newest, which the shadow is at.
+    pub bytes: u64,
+}
+
+/// The epochs of one shadow, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowEpochs {
+    pub host: String,
+    /// Why its host could not say; empty otherwise.
+    #[serde(default)]
+    pub problem: String,
+    pub epochs: Vec<KeptEpoch>,
 }
 
 /// A protected guest as the manager knows it: `GET /v1/guests/{domain}`, `virt-shadow info`.
@@ -171,6 +200,8 @@ pub struct GuestView {
     pub mirror_mib: u64,
     #[serde(default)]
     pub consistency: Consistency,
+    #[serde(default)]
+    pub keep: Keep,
     pub memory_bytes: u64,
     #[serde(flatten)]
     pub capture: CaptureStats,

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use placement::guardian::MIRROR_MIB;
+use placement::guardian::{DEFAULT_KEEP_MIB, KEEP_EPOCHS, KEEP_MIB, MIRROR_MIB};
 
-use crate::api::types::{Budget, Consistency, ConsistencyMode, OnLoss, Quorum};
+use crate::api::types::{Budget, Consistency, ConsistencyMode, Keep, OnLoss, Quorum};
 use crate::config::{DEFAULT_CONFIG_PATH, DEFAULT_SOCKET_PATH};
 
 /// Keeps shadows of running guests on other hosts, ready to go on when their host is lost.
@@ -77,6 +77,8 @@ pub enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
+    /// List the epochs that the shadows of a domain could be promoted from, see enable --keep
+    Epochs(Domain),
     /// Make a shadow the primary because the primary is gone; loses what was not committed
     Promote {
         #[command(flatten)]
@@ -87,6 +89,9 @@ pub enum Command {
         /// Even if the primary still answers: it is stopped first
         #[arg(long)]
         force: bool,
+        /// Go back to this epoch, one of those that `epochs` lists; loses what the domain did since
+        #[arg(long, value_name = "N")]
+        epoch: Option<u64>,
     },
     /// Move a domain to one of its shadows, losing nothing
     Switchover {
@@ -201,6 +206,10 @@ pub struct Enable {
     /// consistency, they wait, and the domain is cut off from the network
     #[arg(long, value_name = "FIRST", default_value = "availability")]
     pub on_loss: OnLossArg,
+    /// Former epochs that each shadow keeps, to go back to with promote --epoch. One or more of a number of epochs (1000),
+    /// an age (90s, 10min, 2h) and memory on the shadow's host (64M, 2G; 256M if not given); or none
+    #[arg(long, value_name = "LIMIT,...", default_value = "none", value_parser = keep)]
+    pub keep: Keep,
     /// Host that must keep a shadow; may be repeated. The rest is chosen
     #[arg(long, value_name = "HOST")]
     pub on: Vec<String>,
@@ -267,6 +276,38 @@ fn mirror_mib(text: &str) -> Result<u64, String> {
     };
     let mib = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
     mib.filter(|mib| MIRROR_MIB.contains(mib)).ok_or_else(|| "must be full, or MiB such as 256, 256M or 2G".into())
+}
+
+/// `1000,10min,256M`, in any order, each kind at most once.
+fn keep(text: &str) -> Result<Keep, String> {
+    let mut keep = Keep::default();
+    if text == "none" {
+        return Ok(keep);
+    }
+    const UNITS: [(&str, u64); 5] = [("min", 60_000), ("s", 1_000), ("h", 3_600_000), ("M", 1), ("G", 1024)];
+    for part in text.split(',') {
+        let unit = UNITS.iter().find(|(unit, _)| part.ends_with(unit)).copied();
+        let (unit, factor) = unit.unwrap_or(("", 1));
+        let number = part[..part.len() - unit.len()].parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+        let number = number.filter(|number| *number > 0).ok_or_else(|| {
+            format!("{part:?} is none of a number of epochs (1000), an age (90s, 10min, 2h) and memory (64M, 2G)")
+        })?;
+        let (limit, most) = match unit {
+            "M" | "G" => (&mut keep.mib, *KEEP_MIB.end()),
+            "" => (&mut keep.epochs, *KEEP_EPOCHS.end()),
+            _ => (&mut keep.age_ms, u64::MAX),
+        };
+        if number > most {
+            return Err(format!("{part} is more than {most}{}", if unit.is_empty() { " epochs" } else { "M" }));
+        }
+        if std::mem::replace(limit, number) != 0 {
+            return Err(format!("{part:?} is the second limit of its kind"));
+        }
+    }
+    if keep.mib == 0 {
+        keep.mib = DEFAULT_KEEP_MIB;
+    }
+    Ok(keep)
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -382,6 +423,33 @@ mod tests {
             assert!(mirror_mib(bad).is_err(), "{bad}");
         }
         assert_eq!(mirror_mib("256M"), Ok(crate::api::types::DEFAULT_MIRROR_MIB));
+    }
+
+    #[test]
+    fn what_is_kept_is_limited_by_number_age_and_memory() {
+        for (text, epochs, age_ms, mib) in [
+            ("none", 0, 0, 0),
+            ("1000", 1000, 0, 256),
+            ("90s", 0, 90_000, 256),
+            ("10min,2G", 0, 600_000, 2048),
+            ("64M,2h,50", 50, 7_200_000, 64),
+        ] {
+            assert_eq!(keep(text), Ok(Keep { epochs, age_ms, mib }), "{text}");
+        }
+        for (text, word) in [
+            ("", "none of"),
+            ("0", "none of"),
+            ("-5s", "none of"),
+            ("5d", "none of"),
+            ("20001", "more than 20000 epochs"),
+            ("5T", "none of"),
+            ("9999999G", "more than"),
+            ("5,6", "second"),
+            ("99999999999999999999min", "none of"),
+        ] {
+            let error = keep(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
     }
 
     #[test]

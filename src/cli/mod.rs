@@ -21,7 +21,7 @@ use crate::api::client::{Client, ClientError};
 use crate::api::percent;
 use crate::api::types::{
     DoctorReport, EnableRequest, EventView, GuestState, GuestView, HostView, MoveReport, MoveRequest, PlanView,
-    PolicyRequest, PolicyView, VerifyReport,
+    PolicyRequest, PolicyView, ShadowEpochs, VerifyReport,
 };
 
 /// How long one look for new events waits in the daemon, milliseconds.
@@ -97,11 +97,12 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Watch { domain, interval, count } => {
             watch::run(&session, domain.as_deref(), Duration::from_secs_f64(interval), count).await?;
         }
-        Command::Promote { domain, to, force } => {
-            session.moves(&domain.domain, "promote", MoveRequest { to, force }).await?;
+        Command::Epochs(which) => session.epochs(&which.domain).await?,
+        Command::Promote { domain, to, force, epoch } => {
+            session.moves(&domain.domain, "promote", MoveRequest { to, force, epoch }).await?;
         }
         Command::Switchover { domain, to } => {
-            session.moves(&domain.domain, "switchover", MoveRequest { to, force: false }).await?;
+            session.moves(&domain.domain, "switchover", MoveRequest { to, force: false, epoch: None }).await?;
         }
         Command::Verify(which) => return session.verify(&which.domain).await,
         Command::Policy { domain, set, clear } => session.policy(&domain.domain, &set, clear).await?,
@@ -168,7 +169,7 @@ impl Session {
 
     async fn enable(&self, wish: Enable) -> Result<()> {
         let consistency = wish.consistency();
-        let Enable { domain, shadows, interval, budget, mirror, on, wait, .. } = wish;
+        let Enable { domain, shadows, interval, budget, mirror, keep, on, wait, .. } = wish;
         let request = EnableRequest {
             domain: domain.clone(),
             shadows,
@@ -176,6 +177,7 @@ impl Session {
             budget: budget.unwrap_or_default(),
             mirror_mib: mirror,
             consistency,
+            keep,
             on,
             host: None,
         };
@@ -299,6 +301,13 @@ impl Session {
         };
         let report: MoveReport = self.client.post(&path, &request).await.failed_to(what)?;
         self.print(&report, |quiet| if quiet { String::new() } else { show::moved(&report) })
+    }
+
+    async fn epochs(&self, domain: &str) -> Result<()> {
+        let path = format!("/v1/guests/{}/epochs", percent::encode(domain));
+        let shadows: Vec<ShadowEpochs> =
+            self.client.get(&path).await.failed_to(|| format!("list epochs of domain '{domain}'"))?;
+        self.print(&shadows, |quiet| show::epochs(&shadows, quiet))
     }
 
     /// Exit status 1 if anything differs.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::api::types::{
     Budget, Consistency, ConsistencyMode, DoctorReport, EventView, GuestState, GuestView, HostState, HostVerdict,
-    HostView, MoveReport, OnLoss, OutputStats, PlanView, PolicyView, ShadowState, VerifyReport,
+    HostView, Keep, MoveReport, OnLoss, OutputStats, PlanView, PolicyView, ShadowEpochs, ShadowState, VerifyReport,
 };
 
 use super::table::{Table, bytes, fields, ms, plain, timestamp};
@@ -94,6 +94,7 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
         ("Interval", interval(guest)),
         ("Mirror", format!("at most {}", bytes((guest.mirror_mib << 20).min(guest.memory_bytes)))),
         ("Consistency", consistency(guest)),
+        ("Kept", kept(guest.keep)),
         ("Epoch", format!("{} ({} cut)", capture.epoch, capture.epochs_total)),
         ("Pause", {
             let pause = capture.pause_us;
@@ -152,6 +153,17 @@ pub fn output(stats: &OutputStats) -> String {
         }
     }
     text
+}
+
+/// How many former epochs shadows keep.
+fn kept(keep: Keep) -> String {
+    if keep.mib == 0 {
+        return "newest epoch only".into();
+    }
+    let epochs = (keep.epochs > 0).then(|| format!("{} epochs", keep.epochs));
+    let age = (keep.age_ms > 0).then(|| format!("{} s", keep.age_ms as f64 / 1e3));
+    let parts: Vec<String> = epochs.into_iter().chain(age).chain([bytes(keep.mib << 20)]).collect();
+    format!("former epochs, at most {}", parts.join(", "))
 }
 
 /// With a budget: what it allows at the moment, and which of its limits keeps it from being shorter.
@@ -302,6 +314,21 @@ pub fn verified(report: &VerifyReport, quiet: bool) -> String {
     table.render(quiet)
 }
 
+/// Newest first, as that is what is looked for.
+pub fn epochs(shadows: &[ShadowEpochs], quiet: bool) -> String {
+    let mut table = Table::new(&["Shadow", "Epoch", "Term", "Age", "Size"]);
+    for shadow in shadows {
+        for kept in shadow.epochs.iter().rev() {
+            let size = if kept.bytes == 0 { "-".into() } else { bytes(kept.bytes) };
+            let age = format!("{:.1} s", kept.age_ms as f64 / 1e3);
+            table.row([shadow.host.clone(), kept.epoch.to_string(), kept.term.to_string(), age, size]);
+        }
+    }
+    let problems = shadows.iter().filter(|shadow| !shadow.problem.is_empty());
+    table.render(quiet)
+        + &problems.map(|shadow| format!(" {}: {}\n", shadow.host, plain(&shadow.problem))).collect::<String>()
+}
+
 pub fn doctor(report: &DoctorReport, quiet: bool) -> String {
     let can = |can: bool| if can { "yes" } else { "no" }.to_owned();
     let mut text = fields(&[
@@ -344,6 +371,7 @@ pub(super) mod tests {
             budget: Budget::default(),
             mirror_mib: 256,
             consistency: Default::default(),
+            keep: Keep { epochs: 9, age_ms: 1500, mib: 64 },
             memory_bytes: 1 << 30,
             capture: CaptureStats {
                 epoch: 77,
@@ -384,6 +412,7 @@ pub(super) mod tests {
             "Name:        web",
             "Reason:      host3: no memory",
             "Shadows:     1 of 2 wanted",
+            "Kept:        former epochs, at most 9 epochs, 1.5 s, 64.0 MiB",
             "Tracker:     userfaultfd",
             "Consistency: async",
             " host2    rack2   hot    following   76      52 ms   2.4 MiB/s   0",
@@ -406,6 +435,26 @@ pub(super) mod tests {
         let line = output(&view.capture.output);
         assert_eq!(line, "holding; 3 frames held (0 B), for p50 0.0 ms, p99 0.0 ms, 1 times open uncommitted");
         assert!(guest(&view, false).contains(&line));
+    }
+
+    #[test]
+    fn epochs_with_the_newest_first() {
+        let kept = |epoch, age_ms, bytes| crate::api::types::KeptEpoch { epoch, term: 2, age_ms, bytes };
+        let shadows = [
+            ShadowEpochs {
+                host: "host2".into(),
+                problem: String::new(),
+                epochs: vec![kept(7, 120, 5000), kept(8, 60, 0)],
+            },
+            ShadowEpochs { host: "host3".into(), problem: "it is silent".into(), epochs: Vec::new() },
+        ];
+        let expected = " Shadow   Epoch   Term   Age     Size
+-------------------------------------------
+ host2    8       2      0.1 s   -
+ host2    7       2      0.1 s   4.9 KiB
+ host3: it is silent
+";
+        assert_eq!(epochs(&shadows, false), expected);
     }
 
     #[test]

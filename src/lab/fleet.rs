@@ -11,7 +11,7 @@ use super::{Lab, MANAGER};
 use crate::api::client::Client;
 use crate::api::types::{
     Consistency, EnableRequest, EventView, GuestState, GuestView, HostState, HostView, MoveReport, MoveRequest,
-    ShadowState, VerifyReport,
+    ShadowEpochs, ShadowState, VerifyReport,
 };
 
 /// Longest wait for one answer: a switchover waits for a slow shadow.
@@ -121,13 +121,23 @@ impl Fleet {
     }
 
     pub fn switchover(&self, domain: &str, to: Option<&str>) -> Result<MoveReport> {
-        let request = MoveRequest { to: to.map(Into::into), force: false };
+        let request = MoveRequest { to: to.map(Into::into), force: false, epoch: None };
         self.ask("POST", &format!("/v1/guests/{domain}/switchover"), Some(&request))
     }
 
     pub fn promote(&self, domain: &str, to: Option<&str>, force: bool) -> Result<MoveReport> {
-        let request = MoveRequest { to: to.map(Into::into), force };
+        let request = MoveRequest { to: to.map(Into::into), force, epoch: None };
         self.ask("POST", &format!("/v1/guests/{domain}/promote"), Some(&request))
+    }
+
+    /// Back to an epoch that a shadow keeps, away from a primary that still answers.
+    pub fn go_back(&self, domain: &str, epoch: u64) -> Result<MoveReport> {
+        let request = MoveRequest { to: None, force: true, epoch: Some(epoch) };
+        self.ask("POST", &format!("/v1/guests/{domain}/promote"), Some(&request))
+    }
+
+    pub fn epochs(&self, domain: &str) -> Result<Vec<ShadowEpochs>> {
+        self.ask("GET", &format!("/v1/guests/{domain}/epochs"), None::<&()>)
     }
 
     /// The newest promotion of a guest by failover, as the manager's log has it.

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use placement::HostName;
 use placement::fleet::{MAX_SHADOWS, Policy};
 use placement::guardian::{Guest, GuestPlan, INTERVAL_MS, Phase, Reply, Request, Wish};
+use placement::{Epoch, HostName};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use crate::api::control::{Command, Done, GuestNeeds};
 use crate::api::percent;
 use crate::api::types::{
     ApiError, DEFAULT_INTERVAL_MS, EnableRequest, GuestState, MoveReport, MoveRequest, PolicyRequest, PolicyView,
+    ShadowEpochs,
 };
 
 /// Longest wait for new events, milliseconds.
@@ -26,6 +27,7 @@ pub const MAX_WAIT_MS: u64 = 30_000;
 const MAX_EVENTS: u32 = 1_000;
 const DEFAULT_EVENTS: u32 = 200;
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
+const EPOCHS_TIMEOUT: Duration = Duration::from_secs(10);
 const MOVE_TIMEOUT: Duration = Duration::from_secs(60);
 const DISABLE_TIMEOUT: Duration = Duration::from_secs(30);
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(120);
@@ -64,12 +66,13 @@ impl Manager {
             ("GET", ["v1", "guests", domain, "policy"]) => self.policy(domain, None).await,
             ("POST", ["v1", "guests", domain, "policy"]) => self.policy(domain, Some(parse(body)?)).await,
             ("GET", ["v1", "plan"]) => self.plan(query).await,
+            ("GET", ["v1", "guests", domain, "epochs"]) => to_json(&self.epochs(domain).await?),
             ("GET", ["v1", "events"]) => self.events(query).await,
             (
                 _,
                 ["v1", "hosts" | "guests" | "events" | "plan"]
                 | ["v1", "guests", _]
-                | ["v1", "guests", _, "promote" | "switchover" | "verify" | "policy"],
+                | ["v1", "guests", _, "promote" | "switchover" | "verify" | "policy" | "epochs"],
             ) => Err(ApiError::new("method-not-allowed", format!("{method} is not possible on {path}"))),
             _ => Err(ApiError::new("not-found", format!("the API has no {path}"))),
         }
@@ -143,6 +146,7 @@ impl Manager {
             budget: request.budget,
             mirror_mib: request.mirror_mib,
             consistency: request.consistency,
+            keep: request.keep,
             on: request.on.into_iter().map(HostName::from).collect(),
         })
     }
@@ -321,11 +325,68 @@ impl Manager {
 
     async fn promote(&self, domain: &str, request: MoveRequest) -> Result<Value, ApiError> {
         let guest = self.with_guest(domain, |_, guest| guest.plan.id.clone()).await?;
-        let to = request.to.map(HostName::from);
-        self.moved(domain, Request::Promote { guest, to, force: request.force }).await
+        let mut to = request.to.map(HostName::from);
+        let back_to = request.epoch.map(Epoch);
+        if let Some(epoch) = request.epoch {
+            to = Some(self.hold_epoch(domain, guest.as_str(), to.as_ref(), epoch).await?);
+        }
+        self.moved(domain, Request::Promote { guest, to, force: request.force, back_to }).await
+    }
+
+    /// What each shadow of a guest could be promoted from.
+    async fn epochs(&self, domain: &str) -> Result<Vec<ShadowEpochs>, ApiError> {
+        let plan = self.with_guest(domain, |_, guest| guest.plan.clone()).await?;
+        let mut asked = JoinSet::new();
+        for host in plan.seats {
+            let (manager, uuid) = (self.clone(), plan.id.to_string());
+            asked.spawn(async move {
+                let (epochs, problem) = match manager.call(&host, Command::Epochs { uuid }, EPOCHS_TIMEOUT).await {
+                    Ok(Done::Epochs { epochs }) => (epochs, String::new()),
+                    Ok(other) => (Vec::new(), strange(&host, &other).message),
+                    Err(error) => (Vec::new(), error.message),
+                };
+                ShadowEpochs { host: host.to_string(), problem, epochs }
+            });
+        }
+        let mut shadows = asked.join_all().await;
+        shadows.sort_by(|a, b| a.host.cmp(&b.host));
+        Ok(shadows)
+    }
+
+    /// Finds a shadow that keeps this epoch, and has it kept until the promotion is done: before anything is stopped.
+    async fn hold_epoch(
+        &self,
+        domain: &str,
+        uuid: &str,
+        to: Option<&HostName>,
+        epoch: u64,
+    ) -> Result<HostName, ApiError> {
+        let shadows = self.epochs(domain).await?;
+        let has_it = |shadow: &&ShadowEpochs| {
+            to.is_none_or(|to| to.as_str() == shadow.host) && shadow.epochs.iter().any(|kept| kept.epoch == epoch)
+        };
+        let mut why = Vec::new();
+        for shadow in shadows.iter().filter(has_it) {
+            let host = HostName::from(&*shadow.host);
+            let hold = Command::HoldEpoch { uuid: uuid.into(), epoch, hold_ms: MOVE_TIMEOUT.as_millis() as u64 };
+            match self.call(&host, hold, EPOCHS_TIMEOUT).await {
+                Ok(_) => return Ok(host),
+                Err(error) => why.push(error.message),
+            }
+        }
+        if why.is_empty() {
+            why = shadows.iter().map(describe_epochs).collect();
+        }
+        let message = format!("epoch {epoch} of guest {domain} is not kept any more, or never was: {}", why.join("; "));
+        Err(ApiError::new("not-found", message))
     }
 
     async fn switch_over(&self, domain: &str, request: MoveRequest) -> Result<Value, ApiError> {
+        if request.epoch.is_some() {
+            return Err(invalid(
+                "a switchover loses nothing, so it cannot go back; that is what promote is for".into(),
+            ));
+        }
         if request.force {
             return Err(invalid("a switchover cannot be forced; that is what promote is for".into()));
         }
@@ -386,6 +447,18 @@ impl Manager {
     }
 }
 
+/// One shadow's epochs in a few words.
+fn describe_epochs(shadow: &ShadowEpochs) -> String {
+    let host = &shadow.host;
+    match (shadow.epochs.first(), shadow.epochs.last()) {
+        (Some(first), Some(last)) => {
+            format!("{host} has {} from {} to {}", shadow.epochs.len(), first.epoch, last.epoch)
+        }
+        _ if shadow.problem.is_empty() => format!("{host} has none"),
+        _ => format!("{host}: {}", shadow.problem),
+    }
+}
+
 /// A domain on a host.
 struct Found {
     uuid: String,
@@ -420,6 +493,7 @@ fn wish_again(plan: GuestPlan, shadows: u32) -> Wish {
         budget: plan.budget,
         mirror_mib: plan.mirror_mib,
         consistency: plan.consistency,
+        keep: plan.keep,
         on: Vec::new(),
     }
 }

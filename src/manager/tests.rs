@@ -40,6 +40,7 @@ fn plan(term: u64, phase: Phase) -> GuestPlan {
         budget: Default::default(),
         mirror_mib: 256,
         consistency: Default::default(),
+        keep: Default::default(),
         memory_mib: 1024,
         needs: Default::default(),
         policy: "shadows = 2\ngroup = \"web\"\n".to_owned().try_into().unwrap(),
@@ -56,7 +57,7 @@ fn plan(term: u64, phase: Phase) -> GuestPlan {
 fn promoting(term: u64, to: &str) -> GuestPlan {
     let step = FailoverStep::Promote { to: to.into(), after_epoch: Epoch(7) };
     let tried = BTreeMap::from([(HostName::from("h3"), "no memory".to_owned())]);
-    let failover = Failover { cause: "down".into(), only_to: None, last_epoch: Epoch(9), tried, step };
+    let failover = Failover { cause: "down".into(), only_to: None, back_to: None, last_epoch: Epoch(9), tried, step };
     plan(term, Phase::FailingOver(failover))
 }
 

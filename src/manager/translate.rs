@@ -83,7 +83,7 @@ pub(super) fn needs(needs: &GuestNeeds) -> Needs {
 
 fn shadow(status: &ShadowStatus) -> ShadowReport {
     ShadowReport {
-        term: Term(status.term),
+        term: Term(if status.committed_epoch > 0 { status.committed_term } else { 0 }),
         committed: Epoch(status.committed_epoch),
         connected: status.connected,
         problem: status.problem.clone(),
@@ -137,8 +137,8 @@ fn route(addresses: &impl Addresses, from: &HostName, to: &HostName) -> Option<S
 pub(super) fn command(order: &Order, to: &HostName, addresses: &impl Addresses) -> Result<Command, HostName> {
     let target = |host: &HostName| route(addresses, to, host).ok_or_else(|| host.clone());
     Ok(match order.clone() {
-        Order::AcceptShadow { guest, domain, term, primary } => {
-            Command::AcceptShadow { uuid: guest.to_string(), domain, term: term.0, primary: primary.to_string() }
+        Order::AcceptShadow { guest, domain, term, primary, keep } => {
+            Command::AcceptShadow { uuid: guest.to_string(), domain, term: term.0, primary: primary.to_string(), keep }
         }
         Order::DropShadow { guest } => Command::DropShadow { uuid: guest.to_string() },
         Order::Protect { guest, domain, term, interval_ms, budget, mirror_mib, consistency, policy, shadows } => {
@@ -158,9 +158,12 @@ pub(super) fn command(order: &Order, to: &HostName, addresses: &impl Addresses) 
             }
         }
         Order::Release { guest } => Command::Release { uuid: guest.to_string() },
-        Order::Promote { guest, term, after_epoch } => {
-            Command::Promote { uuid: guest.to_string(), term: term.0, after_epoch: after_epoch.0 }
-        }
+        Order::Promote { guest, term, after_epoch, back_to } => Command::Promote {
+            uuid: guest.to_string(),
+            term: term.0,
+            after_epoch: after_epoch.0,
+            back_to: back_to.map(|epoch| epoch.0),
+        },
         Order::FinalCut { guest, to } => Command::FinalCut { uuid: guest.to_string(), to: to.to_string() },
         Order::UndoFinalCut { guest, term } => Command::UndoFinalCut { uuid: guest.to_string(), term: term.0 },
         Order::Retire { guest, term } => Command::Retire { uuid: guest.to_string(), term: term.0 },
@@ -243,7 +246,7 @@ mod tests {
 
     #[test]
     fn an_answer_to_another_question_leaves_the_outcome_open() {
-        let order = Order::Promote { guest: "u".into(), term: Term(2), after_epoch: Epoch(0) };
+        let order = Order::Promote { guest: "u".into(), term: Term(2), after_epoch: Epoch(0), back_to: None };
         assert!(matches!(outcome(&order, Ok(Done::Nothing)), Outcome::Unknown { .. }));
         assert_eq!(
             outcome(&order, Ok(Done::Promoted { epoch: 4, took_us: 1 })),

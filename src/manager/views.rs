@@ -66,6 +66,7 @@ impl State {
             budget: plan.budget,
             mirror_mib: plan.mirror_mib,
             consistency: plan.consistency,
+            keep: plan.keep,
             memory_bytes: primary.map_or(plan.memory_mib << 20, |primary| primary.memory_bytes),
             capture: primary.map(|primary| primary.stats.clone()).unwrap_or_default(),
             shadows,

@@ -14,6 +14,7 @@ mod announce;
 mod disk;
 mod error;
 mod feed;
+pub mod history;
 pub mod image;
 pub mod journal;
 mod mapping;
@@ -23,6 +24,7 @@ mod record;
 mod shadow;
 
 pub use error::{Result, StandbyError};
+pub use history::{HistoryError, UndoFiles};
 pub use image::{Image, ImageError};
 pub use journal::{JournalError, JournalFile};
 pub use promote::{Promotion, Started, Timings};

@@ -18,7 +18,9 @@ use virt_shadow::api::control::{
 };
 use virt_shadow::api::link::{AgentLink, AgentStatus, CommandHandler, LinkOptions, StartRefusal};
 use virt_shadow::api::server::{self, Backend};
-use virt_shadow::api::types::{ApiError, CaptureStats, DoctorReport, ShadowState, VerifyReport, VerifyShadow};
+use virt_shadow::api::types::{
+    ApiError, CaptureStats, DoctorReport, KeptEpoch, ShadowState, VerifyReport, VerifyShadow,
+};
 use virt_shadow::manager::{Manager, Options};
 use virt_shadow::transport::{PeerName, Security};
 
@@ -126,6 +128,8 @@ pub struct Table {
     pub needs: GuestNeeds,
     pub inventory: Option<Arc<Inventory>>,
     pub committed: u64,
+    /// Epochs that a shadow here could go back to.
+    pub kept: Vec<u64>,
     pub commands: Vec<Command>,
     /// Hosts that do not answer it as a witness.
     pub unreachable: bool,
@@ -256,6 +260,7 @@ impl AgentStatus for FakeAgent {
             term: *term,
             role: *role,
             primary: None,
+            keep: Default::default(),
             active: table.runs.contains(uuid),
         };
         table.roles.iter().map(record).collect()
@@ -299,7 +304,12 @@ fn following(host: &str) -> PeerStatus {
 }
 
 fn shadow(uuid: &str, term: u64, committed_epoch: u64) -> ShadowStatus {
-    ShadowStatus { uuid: uuid.into(), term, committed_epoch, connected: true, problem: String::new() }
+    let (uuid, problem) = (uuid.into(), String::new());
+    ShadowStatus { uuid, term, committed_epoch, committed_term: term, connected: true, problem }
+}
+
+fn kept(epoch: u64) -> KeptEpoch {
+    KeptEpoch { epoch, term: 1, age_ms: 100, bytes: 5_000 }
 }
 
 impl CommandHandler for FakeAgent {
@@ -366,7 +376,14 @@ impl FakeAgent {
                 table.roles.insert(uuid, (Role::Retired, term));
                 Ok(Done::Nothing)
             }
-            Command::Promote { uuid, term, .. } => {
+            Command::Epochs { .. } => {
+                Ok(Done::Epochs { epochs: table.kept.iter().map(|epoch| kept(*epoch)).collect() })
+            }
+            Command::HoldEpoch { epoch, .. } if !table.kept.contains(&epoch) => {
+                Err(ApiError::new("not-found", format!("epoch {epoch} is not kept")))
+            }
+            Command::HoldEpoch { .. } => Ok(Done::Nothing),
+            Command::Promote { uuid, term, back_to, .. } => {
                 if !matches!(table.roles.get(&uuid), Some((Role::Shadow, _)))
                     && table.roles.get(&uuid) != Some(&(Role::Primary, term))
                 {
@@ -376,7 +393,7 @@ impl FakeAgent {
                 if !table.runs.contains(&uuid) {
                     table.runs.push(uuid);
                 }
-                Ok(Done::Promoted { epoch: table.committed, took_us: 1_000 })
+                Ok(Done::Promoted { epoch: back_to.unwrap_or(table.committed), took_us: 1_000 })
             }
             Command::FinalCut { .. } => Ok(Done::FinalCut { epoch: 102, paused_for_us: 2_000 }),
             Command::UndoFinalCut { .. } => Ok(Done::Nothing),

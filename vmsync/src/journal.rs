@@ -38,9 +38,9 @@ pub const JOURNAL_HEADER_BYTES: u64 = 40;
 
 const MAGIC: [u8; 4] = *b"VSHJ";
 const RECORD_HEAD_BYTES: usize = 16;
-const PAGES: u8 = 1;
-const DEVICE_STATE: u8 = 2;
-const COMMIT: u8 = 3;
+pub(crate) const PAGES: u8 = 1;
+pub(crate) const DEVICE_STATE: u8 = 2;
+pub(crate) const COMMIT: u8 = 3;
 const COMMIT_BYTES: usize = 36;
 
 /// Which epoch of which source an image holds.
@@ -244,7 +244,7 @@ impl Scanner<'_> {
     }
 }
 
-fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'static str> {
+pub(crate) fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'static str> {
     let short = |Truncated| "the last record is cut short";
     let head = reader.array::<8>().map_err(short)?;
     let checksum = reader.u64().map_err(short)?;
@@ -266,7 +266,7 @@ fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'sta
     Ok((kind, checksum, payload))
 }
 
-fn read_commit(payload: &[u8]) -> Result<(Commit, Chain), Truncated> {
+pub(crate) fn read_commit(payload: &[u8]) -> Result<(Commit, Chain), Truncated> {
     let mut reader = Reader::new(payload);
     let commit = Commit {
         lineage: Lineage::new(reader.u64()?),

@@ -81,7 +81,8 @@
 //! Read the state record and the journal, and [`Target::resume`](target::Target::resume) (or
 //! [`Target::new`](target::Target::new)); then for each event `step` and execute the effects strictly in order. The
 //! order carries the guarantees: an `Ack`'s Send stands behind the write that makes its epoch durable, and a write
-//! into the image behind the one that makes it harmless. Of the effects only Prepare and Hash are answered later.
+//! into the image behind the one that makes it harmless. Of the effects only Prepare and Hash are answered later;
+//! Keep and ReadBack are answered at once, before anything else is told.
 
 #![forbid(unsafe_code)]
 
@@ -91,6 +92,7 @@ pub mod batch;
 pub mod codec;
 pub mod device_state;
 pub mod hashes;
+pub mod history;
 pub mod journal;
 pub mod layout;
 pub mod message;
@@ -105,6 +107,7 @@ pub mod wire;
 
 pub use batch::PageBatch;
 pub use device_state::DeviceState;
+pub use history::Keep;
 pub use layout::{RamBlock, RamLayout};
 pub use page_set::PageSet;
 pub use units::{BlockIndex, Epoch, GuestUuid, Lineage, Millis, PAGE_SIZE, Page, PageAddr, PageIndex, PeerId, Term};

@@ -7,10 +7,10 @@ use vmsync::device_state::DeviceState;
 use vmsync::hashes::HashSeed;
 use vmsync::message::{Hello, ImageState, RefuseCode, SourceBody, SourceMessage, TargetBody};
 use vmsync::source::{Cut, CutPlan, Source, SourceConfig, SourceEffect, SourceEvent, SourceLimits};
-use vmsync::target::{ConnId, PreparedImage, Target, TargetConfig, TargetEffect, TargetEvent};
+use vmsync::target::{ConnId, Left, PreparedImage, Target, TargetConfig, TargetEffect, TargetEvent};
 use vmsync::wire::{Chain, Decoder, encode};
 use vmsync::{
-    Epoch, GuestUuid, Lineage, Millis, Page, PageAddr, PageBatch, PageSet, PeerId, RamBlock, RamLayout, Term,
+    Epoch, GuestUuid, Keep, Lineage, Millis, Page, PageAddr, PageBatch, PageSet, PeerId, RamBlock, RamLayout, Term,
 };
 
 const GUEST: GuestUuid = GuestUuid::from_bytes([7; 16]);
@@ -309,7 +309,13 @@ fn compression_follows_the_time_that_coding_takes() {
 // The target's side.
 
 fn target() -> (Target, Vec<u8>, Vec<u8>) {
-    let config = TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(1), staging_limit_bytes: 1 << 20 };
+    let config = TargetConfig {
+        guest: GUEST,
+        host: "h2".into(),
+        term: Term::new(1),
+        staging_limit_bytes: 1 << 20,
+        keep: Keep::default(),
+    };
     (Target::new(config), vec![], vec![])
 }
 
@@ -455,6 +461,7 @@ fn sealed_epochs_of_changes_are_replayed_after_a_crash() {
     let mut shadow = Shadow::committed();
     let mut image = [0; 4096];
     image.copy_from_slice(&shadow.page);
+    let state = shadow.state.clone();
     let effects = [shadow.epoch(1, 2), shadow.epoch(1, 3)].concat();
     // Both epochs were sealed; the crash came before anything was applied or the journal cut.
     let (mut journal, mut applied) = (Vec::new(), 0);
@@ -467,8 +474,14 @@ fn sealed_epochs_of_changes_are_replayed_after_a_crash() {
     }
     assert_eq!(applied, 2);
     journal.splice(..0, shadow.journal[..40].iter().copied());
-    let config = TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(1), staging_limit_bytes: 1 << 20 };
-    let resumed = Target::resume(config, &shadow.state, &journal).unwrap();
+    let config = TargetConfig {
+        guest: GUEST,
+        host: "h2".into(),
+        term: Term::new(1),
+        staging_limit_bytes: 1 << 20,
+        keep: Keep::default(),
+    };
+    let resumed = Target::resume(config, Millis::new(1), Left { state: &state, journal: &journal, undo: &[] }).unwrap();
     for effect in &resumed.effects {
         if let TargetEffect::Apply(frame) = effect {
             frame.iter().for_each(|(_, content)| content.apply(&mut image));

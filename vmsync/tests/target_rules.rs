@@ -5,10 +5,10 @@ use vmsync::device_state::DeviceState;
 use vmsync::hashes::HashSeed;
 use vmsync::message::{Hello, ImageState, RefuseCode, SourceBody, TargetBody};
 use vmsync::target::{
-    ConnId, PreparedImage, PromoteRefusal, Target, TargetCloseReason, TargetConfig, TargetEffect, TargetEvent,
+    ConnId, Left, PreparedImage, PromoteRefusal, Target, TargetCloseReason, TargetConfig, TargetEffect, TargetEvent,
 };
 use vmsync::wire::{Chain, Decoder, WireError, encode};
-use vmsync::{Epoch, GuestUuid, Lineage, Millis, PageAddr, RamBlock, RamLayout, Term};
+use vmsync::{Epoch, GuestUuid, Keep, Lineage, Millis, PageAddr, RamBlock, RamLayout, Term};
 
 const GUEST: GuestUuid = GuestUuid::from_bytes([7; 16]);
 
@@ -24,7 +24,12 @@ fn layout() -> RamLayout {
 }
 
 fn config() -> TargetConfig {
-    TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(3), staging_limit_bytes: 40_000 }
+    let keep = Keep::default();
+    TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(3), staging_limit_bytes: 40_000, keep }
+}
+
+fn left<'a>(state: &'a [u8], journal: &'a [u8]) -> Left<'a> {
+    Left { state, journal, undo: &[] }
 }
 
 fn hello(lineage: u64) -> SourceBody {
@@ -234,7 +239,7 @@ fn a_source_of_a_lower_term_is_refused_and_a_higher_one_remembered() {
     assert!(closes(&effects, 2) && !closes(&effects, 1), "the session goes on");
     let effects = bench.greet(3, 8, 61);
     assert!(closes(&effects, 1), "a newer primary replaces the old one");
-    let resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+    let resumed = Target::resume(config(), Millis::new(1), left(&bench.state, &bench.journal)).unwrap();
     assert_eq!(resumed.target.view().term, Term::new(8), "also after a restart");
     assert_eq!(resumed.target.committed(), bench.target.committed());
     assert_eq!(refused(&bench.greet(4, 7, 62)), Some((RefuseCode::StaleTerm, 8)));
@@ -267,7 +272,7 @@ fn a_connection_that_comes_again_replaces_the_old_one_and_drops_what_that_staged
 #[test]
 fn promotion_needs_a_newer_term_and_a_commit_that_is_new_enough() {
     let refusal = |bench: &mut Bench, term, after| {
-        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after) };
+        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after), back_to: None };
         match &bench.step(event)[..] {
             [TargetEffect::PromoteRefused(refusal)] => refusal.clone(),
             other => panic!("{other:?}"),
@@ -279,15 +284,18 @@ fn promotion_needs_a_newer_term_and_a_commit_that_is_new_enough() {
     assert_eq!(refusal(&mut bench, 3, 0), term);
     let old = PromoteRefusal::TooOld { committed: Epoch::new(1), wanted: Epoch::new(2) };
     assert_eq!(refusal(&mut bench, 4, 2), old);
-    let effects = bench.step(TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(1) });
+    let effects = bench.step(TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(1), back_to: None });
     let at = |what: &dyn Fn(&TargetEffect) -> bool| effects.iter().position(what).expect("there");
     let saved = at(&|e| matches!(e, TargetEffect::SaveState(_)));
     let promoted = at(&|e| matches!(e, TargetEffect::Promote(_)));
     assert!(saved < promoted, "a restarted agent must know");
     assert_eq!(refused(&effects), Some((RefuseCode::Promoted, 4)), "the old primary is told");
     assert_eq!(refusal(&mut bench, 5, 0), PromoteRefusal::AlreadyPromoted(Term::new(4)));
+    let order = TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::NONE, back_to: None };
+    let again = bench.step(order);
+    assert!(matches!(again[..], [TargetEffect::Promote(_)]), "repeated, as its outcome was not known: {again:?}");
     assert_eq!(refused(&bench.greet(9, 9, 70)), Some((RefuseCode::Promoted, 4)), "its memory is in use");
-    let resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+    let resumed = Target::resume(config(), Millis::new(1), left(&bench.state, &bench.journal)).unwrap();
     assert_eq!(resumed.target.promotion().map(|p| p.term), Some(Term::new(4)));
     assert!(resumed.effects.is_empty(), "nothing is replayed onto a running guest");
 }
@@ -327,11 +335,11 @@ fn a_journal_left_behind_by_a_given_up_commit_is_not_replayed() {
         }
     }
     let sealed = bench.journal.clone();
-    let replayed = Target::resume(config(), &bench.state, &sealed).unwrap();
+    let replayed = Target::resume(config(), Millis::new(1), left(&bench.state, &sealed)).unwrap();
     assert_eq!(replayed.target.committed().map(|c| c.epoch.get()), Some(2), "sealed counts");
     bench.step(TargetEvent::ImageLost);
     bench.greet(2, 3, 51); // a fresh image, not committed
-    let resumed = Target::resume(config(), &bench.state, &sealed).unwrap();
+    let resumed = Target::resume(config(), Millis::new(1), left(&bench.state, &sealed)).unwrap();
     assert_eq!(resumed.target.committed(), None);
     assert!(!resumed.effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))));
 }
@@ -381,7 +389,7 @@ fn an_order_to_promote_can_be_repeated_after_a_crash_anywhere() {
         bench.send(1, 3, 3, &pages(5, 2));
         bench
     };
-    let order = TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(2) };
+    let order = TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::new(2), back_to: None };
     let mut probe = busy();
     let count = probe.step(order.clone()).len();
     for crash_before in 0..count {
@@ -396,13 +404,43 @@ fn an_order_to_promote_can_be_repeated_after_a_crash_anywhere() {
                 _ => {}
             }
         }
-        let mut resumed = Target::resume(config(), &bench.state, &bench.journal).unwrap();
+        let mut resumed = Target::resume(config(), Millis::new(1), left(&bench.state, &bench.journal)).unwrap();
         assert_eq!(resumed.target.committed().map(|c| c.epoch.get()), Some(2), "{crash_before}");
-        if resumed.target.promotion().is_none() {
-            let mut effects = Vec::new();
-            resumed.target.step(Millis::new(3), order.clone(), &mut effects);
-            let promoted = |e: &TargetEffect| matches!(e, TargetEffect::Promote(_));
-            assert!(effects.iter().any(promoted), "{crash_before}: {effects:?}");
-        }
+        let mut effects = Vec::new();
+        resumed.target.step(Millis::new(3), order.clone(), &mut effects);
+        let promoted = |e: &TargetEffect| matches!(e, TargetEffect::Promote(_));
+        assert!(effects.iter().any(promoted), "{crash_before}: {effects:?}");
     }
+}
+
+/// Found by the simulation: what was sealed before the record's epoch, by another source even, was replayed onto it.
+#[test]
+fn what_the_record_has_is_not_replayed() {
+    let mut bench = Bench::committed();
+    bench.send(1, 3, 2, &pages(0, 2));
+    let journal = bench.journal.clone();
+    let effects = bench.commit(1, 2);
+    let appended = effects.iter().filter_map(|effect| match effect {
+        TargetEffect::AppendJournal { bytes, .. } => Some(&bytes[..]),
+        _ => None,
+    });
+    let journal = appended.fold(journal, |journal, bytes| [&journal, bytes].concat());
+    let resumed = Target::resume(config(), Millis::new(1), left(&bench.state, &journal)).unwrap();
+    assert_eq!(resumed.target.committed().map(|c| c.epoch.get()), Some(2));
+    assert!(!resumed.effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))), "{:?}", resumed.effects);
+    bench.step(TargetEvent::Disconnected { conn: ConnId(1) });
+    assert_eq!(bench.journal.len(), 40, "the next source's records do not come behind these");
+}
+
+/// Found by the simulation: with sealed epochs waiting, a lost image was written to before the record said that it is gone.
+#[test]
+fn a_lost_image_is_told_of_first_and_not_written_to() {
+    let mut bench = Bench::committed();
+    bench.send(1, 3, 1, &SourceBody::VerifyRequest { seed: HashSeed::new(1) });
+    bench.send(1, 3, 2, &pages(0, 2));
+    bench.commit(1, 2);
+    let effects = bench.step(TargetEvent::ImageLost);
+    assert!(matches!(effects[0], TargetEffect::SaveState(_)), "{effects:?}");
+    assert!(!effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))), "{effects:?}");
+    assert_eq!(bench.epoch(), None);
 }

@@ -20,12 +20,13 @@ pub(super) struct Cause {
     pub(super) text: String,
     pub(super) last_epoch: Epoch,
     pub(super) only_to: Option<HostName>,
+    pub(super) back_to: Option<Epoch>,
     pub(super) retire_first: bool,
 }
 
 impl Cause {
     pub(super) fn gone(guest: &Guest, cx: &Context<'_>, text: String) -> Self {
-        Self { text, last_epoch: newest_cut(guest, cx), only_to: None, retire_first: false }
+        Self { text, last_epoch: newest_cut(guest, cx), only_to: None, back_to: None, retire_first: false }
     }
 }
 
@@ -45,6 +46,7 @@ pub(super) fn begin(guest: &mut Guest, cx: &mut Context<'_>, cause: Cause) {
     guest.plan.phase = Phase::FailingOver(Failover {
         cause: cause.text,
         only_to: cause.only_to,
+        back_to: cause.back_to,
         last_epoch: cause.last_epoch,
         tried: BTreeMap::new(),
         step,
@@ -77,7 +79,8 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
             choose(guest, cx);
         }
         FailoverStep::Promote { to, after_epoch } => {
-            let order = Order::Promote { guest: guest.plan.id.clone(), term: guest.plan.term, after_epoch };
+            let back_to = failover.back_to;
+            let order = Order::Promote { guest: guest.plan.id.clone(), term: guest.plan.term, after_epoch, back_to };
             give_again(guest, cx, &to, order, PROMOTE_TIMEOUT_MS);
         }
     }
@@ -176,6 +179,7 @@ fn take_newest(guest: &mut Guest, cx: &mut Context<'_>) {
 /// The one place where a failover's promotion is ordered: its term and host are saved in this step, before the order.
 fn promote(guest: &mut Guest, cx: &mut Context<'_>, to: &HostName, after_epoch: Epoch) {
     let Phase::FailingOver(failover) = &mut guest.plan.phase else { return };
+    let after_epoch = if failover.back_to.is_some() { Epoch(0) } else { after_epoch };
     failover.step = FailoverStep::Promote { to: to.clone(), after_epoch };
     guest.plan.term = guest.plan.term.next();
     guest.live.moving = None;

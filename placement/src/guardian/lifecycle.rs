@@ -306,7 +306,11 @@ pub(super) fn tend_lost(guest: &mut Guest, cx: &mut Context<'_>) {
     }
     if cx.is_down(&primary) {
         let text = "a shadow came back".to_owned();
-        failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: false });
+        failover::begin(
+            guest,
+            cx,
+            Cause { text, last_epoch: Epoch(0), only_to: None, back_to: None, retire_first: false },
+        );
     } else if cx.is_connected(&primary) {
         guest.live.revival = Some(true);
         cx.order(guest, &primary, Order::Describe { guest: guest.plan.id.clone() }, DESCRIBE_TIMEOUT_MS);
@@ -331,7 +335,7 @@ fn revive(guest: &mut Guest, cx: &mut Context<'_>, outcome: &Outcome) {
         return starts_on(guest, cx, &host);
     }
     let text = "a shadow came back".to_owned();
-    failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, retire_first: true });
+    failover::begin(guest, cx, Cause { text, last_epoch: Epoch(0), only_to: None, back_to: None, retire_first: true });
 }
 
 fn gone_unexplained(guest: &mut Guest, cx: &mut Context<'_>) {

@@ -9,7 +9,7 @@ use super::{RequestId, Token};
 use crate::consistency::Consistency;
 use crate::fleet::Policy;
 use crate::term::Role;
-use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Keep, Moment, Term};
 
 /// A host as its agent introduces it. Saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,6 +178,8 @@ pub struct GuestPlan {
     pub mirror_mib: u64,
     #[serde(default)]
     pub consistency: Consistency,
+    #[serde(default)]
+    pub keep: Keep,
     pub memory_mib: u64,
     #[serde(default)]
     pub needs: Needs,
@@ -255,6 +257,9 @@ pub struct Failover {
     pub cause: String,
     /// The only host the operator wants it on.
     pub only_to: Option<HostName>,
+    /// The epoch the operator wants to go back to.
+    #[serde(default)]
+    pub back_to: Option<Epoch>,
     /// Newest epoch that is known to have been cut.
     pub last_epoch: Epoch,
     /// Hosts that gave a definite no, with their reason.
@@ -298,6 +303,13 @@ pub enum SwitchoverStep {
 pub struct Guest {
     pub plan: GuestPlan,
     pub(super) live: Live,
+}
+
+impl GuestPlan {
+    /// What a shadow takes on its host.
+    pub(super) fn shadow_mib(&self) -> u64 {
+        self.memory_mib.saturating_add(self.keep.mib)
+    }
 }
 
 impl Guest {

@@ -246,7 +246,7 @@ impl Guardian {
             stream_mbit: stream_mbit(plan.budget, guest.live.stream_kbit),
             shadows,
             excluded: self.excluded(now, guest),
-            ..facts(&plan.id, &plan.primary, plan.memory_mib, plan.wanted_policy())
+            ..facts(&plan.id, &plan.primary, plan.shadow_mib(), plan.wanted_policy())
         }
     }
 
@@ -263,7 +263,12 @@ impl Guardian {
             stream_mbit: stream_mbit(wish.budget, known.map_or(0, |guest| guest.live.stream_kbit)),
             shadows,
             excluded: known.map(|guest| self.excluded(now, guest)).unwrap_or_default(),
-            ..facts(&wish.guest, &wish.host, wish.memory_mib, wish.policy.resized(wish.shadows as usize))
+            ..facts(
+                &wish.guest,
+                &wish.host,
+                wish.memory_mib.saturating_add(wish.keep.mib),
+                wish.policy.resized(wish.shadows as usize),
+            )
         }
     }
 
@@ -272,7 +277,7 @@ impl Guardian {
         // What stands here: there already, or about to fill its memory; of guests that are planned, or not.
         let (mut present, mut coming, mut fixed) = (0, 0, 0);
         for guest in self.guests.values().filter(|guest| guest.plan.seats.contains(name)) {
-            let need_mib = (guest.plan.memory_mib as i64).saturating_add(SHADOW_OVERHEAD_MIB);
+            let need_mib = (guest.plan.shadow_mib() as i64).saturating_add(SHADOW_OVERHEAD_MIB);
             let filled = host.report.shadows.get(&guest.plan.id).is_some_and(|shadow| shadow.committed.0 > 0);
             let counted = |facts: &GuestFacts| facts.shadows.iter().flatten().any(|seat| seat == name);
             let planned = planned.iter().find(|facts| facts.id == guest.plan.id).is_some_and(counted);

@@ -9,7 +9,7 @@ use super::{Action, Guardian, Level, Ready, Reply, Request, RequestError, Reques
 use crate::consistency::{Consistency, Quorum};
 use crate::fleet::{MAX_SHADOWS, Policy, Tier};
 use crate::term::Role;
-use crate::units::{Budget, Epoch, GuestId, HostName, Moment, Term};
+use crate::units::{Budget, Epoch, GuestId, HostName, Keep, Moment, Term};
 
 /// Bounds of the time between cuts, milliseconds.
 pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
@@ -17,6 +17,12 @@ pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 pub const MIRROR_MIB: std::ops::RangeInclusive<u64> = 0..=16 << 20;
 /// Enough for a guest that dirties 100 MB between two cuts.
 pub const DEFAULT_MIRROR_MIB: u64 = 256;
+
+/// Former epochs that a shadow may keep at most: as many as one answer can list.
+pub const KEEP_EPOCHS: std::ops::RangeInclusive<u64> = 0..=20_000;
+pub const KEEP_MIB: std::ops::RangeInclusive<u64> = 0..=1 << 20;
+/// Memory for former epochs if only their number or age was given.
+pub const DEFAULT_KEEP_MIB: u64 = 256;
 
 /// A guest that runs on `host` now is to be protected so.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +38,7 @@ pub struct Wish {
     pub budget: Budget,
     pub mirror_mib: u64,
     pub consistency: Consistency,
+    pub keep: Keep,
     /// Hosts that must keep a shadow.
     pub on: Vec<HostName>,
 }
@@ -62,9 +69,9 @@ impl Guardian {
             Request::Disable { guest } => {
                 known(&guest).map(|()| self.with_guest(now, &guest, ready, |guest, cx| disable(guest, cx, id)))
             }
-            Request::Promote { guest, to, force } => known(&guest).map(|()| {
+            Request::Promote { guest, to, force, back_to } => known(&guest).map(|()| {
                 self.with_guest(now, &guest, ready, |guest, cx| {
-                    if let Err(error) = promote(guest, cx, id, to, force) {
+                    if let Err(error) = promote(guest, cx, id, (to, back_to), force) {
                         cx.answer(Some(id), Err(error));
                     }
                 });
@@ -132,6 +139,7 @@ fn plan_of_a_stranger(id: &GuestId, domain: &str, term: Term, primary: &HostName
         interval_ms: *INTERVAL_MS.end(),
         budget: Budget::default(),
         mirror_mib: 0,
+        keep: Keep::default(),
         consistency: Consistency::default(),
         memory_mib: 0,
         needs: Needs::default(),
@@ -181,6 +189,14 @@ fn check_wish(wish: &Wish) -> Result<(), RequestError> {
     }
     if !MIRROR_MIB.contains(&wish.mirror_mib) {
         return invalid(format!("mirror of {} MiB: must be at most {}", wish.mirror_mib, MIRROR_MIB.end()));
+    }
+    let Keep { epochs, age_ms, mib } = wish.keep;
+    if !KEEP_EPOCHS.contains(&epochs) || !KEEP_MIB.contains(&mib) {
+        let (epochs_max, mib_max) = (KEEP_EPOCHS.end(), KEEP_MIB.end());
+        return invalid(format!("keep {epochs} epochs in {mib} MiB: must be at most {epochs_max} in {mib_max} MiB"));
+    }
+    if mib == 0 && (epochs > 0 || age_ms > 0) {
+        return invalid("former epochs cannot be kept in no memory: say how many MiB, or keep none".into());
     }
     let Budget { pause_permille, cpu_percent, .. } = wish.budget;
     if pause_permille > 1_000 || cpu_percent > 100_000 {
@@ -280,6 +296,9 @@ fn apply(guest: &mut Guest, cx: &mut Context<'_>, wish: Wish, hosts: Vec<HostNam
         (plan.interval_ms, plan.budget, plan.mirror_mib, plan.consistency) = wanted;
         guest.live.protect = super::Seat::Needed;
     }
+    if std::mem::replace(&mut guest.plan.keep, wish.keep) != wish.keep {
+        guest.live.accepts.clear();
+    }
     let names: Vec<_> = guest.plan.seats.iter().map(HostName::as_str).collect();
     let message = format!(
         "{} shadows on {} every {} ms, primary on {}",
@@ -330,7 +349,7 @@ fn promote(
     guest: &mut Guest,
     cx: &mut Context<'_>,
     id: RequestId,
-    to: Option<HostName>,
+    (to, back_to): (Option<HostName>, Option<Epoch>),
     force: bool,
 ) -> Result<(), RequestError> {
     let domain = guest.plan.domain.clone();
@@ -371,7 +390,7 @@ fn promote(
         )));
     }
     let last_epoch = failover::newest_cut(guest, cx);
-    failover::begin(guest, cx, Cause { text, last_epoch, only_to: to, retire_first });
+    failover::begin(guest, cx, Cause { text, last_epoch, only_to: to, back_to, retire_first });
     guest.live.asker = Some(id);
     Ok(())
 }

@@ -63,7 +63,12 @@ pub(super) fn tend(guest: &mut Guest, cx: &mut Context<'_>) {
             let held = guest.live.cut.is_some_and(|(at, _)| cx.now.ms_since(at) < SURELY_HELD_MS);
             if held || guest.live.looked {
                 guest.live.looked = false;
-                let order = Order::Promote { guest: failover::id(guest), term: guest.plan.term, after_epoch: epoch };
+                let order = Order::Promote {
+                    guest: failover::id(guest),
+                    term: guest.plan.term,
+                    after_epoch: epoch,
+                    back_to: None,
+                };
                 give_again(guest, cx, &to, order, PROMOTE_TIMEOUT_MS);
             } else {
                 give_again(guest, cx, &to, Order::ShadowStatus { guest: failover::id(guest) }, LOOK_TIMEOUT_MS);

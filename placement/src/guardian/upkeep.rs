@@ -85,6 +85,7 @@ fn accept(guest: &mut Guest, cx: &mut Context<'_>) {
             domain: guest.plan.domain.clone(),
             term: guest.plan.term,
             primary: guest.plan.primary.clone(),
+            keep: guest.plan.keep,
         };
         let token = cx.order(guest, &host, order, ACCEPT_TIMEOUT_MS);
         guest.live.accepts.insert(host, Seat::Sent(token));
@@ -93,8 +94,13 @@ fn accept(guest: &mut Guest, cx: &mut Context<'_>) {
 
 fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
     let accepts = &guest.live.accepts;
-    let ready: Vec<HostName> =
-        guest.plan.seats.iter().filter(|host| matches!(accepts.get(*host), Some(Seat::Done { .. }))).cloned().collect();
+    // A shadow that is told anew how much to keep goes on meanwhile.
+    let told_again = |host: &HostName| {
+        guest.live.protected_with.contains(host)
+            && matches!(accepts.get(host), None | Some(Seat::Needed | Seat::Sent(_)))
+    };
+    let is_ready = |host: &&HostName| matches!(accepts.get(*host), Some(Seat::Done { .. })) || told_again(host);
+    let ready: Vec<HostName> = guest.plan.seats.iter().filter(is_ready).cloned().collect();
     let changed = matches!(guest.live.protect, Seat::Done { .. }) && guest.live.protected_with != ready;
     if !(changed || guest.live.protect.due(cx.now)) || !cx.is_connected(&guest.plan.primary) {
         return;

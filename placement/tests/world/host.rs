@@ -275,7 +275,7 @@ pub fn carry_out(
             host.primaries.remove(guest);
             NOTHING
         }
-        Order::Promote { guest, term, after_epoch } => promote(host, guest, *term, *after_epoch, refuse),
+        Order::Promote { guest, term, after_epoch, .. } => promote(host, guest, *term, *after_epoch, refuse),
         Order::UndoFinalCut { guest, .. } if !host.primaries.contains_key(guest) => {
             refused("not-found", "no primary here")
         }

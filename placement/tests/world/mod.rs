@@ -610,6 +610,7 @@ pub fn wish(guest: &str, host: &str, shadows: u32) -> Wish {
         interval_ms: 50,
         budget: Default::default(),
         mirror_mib: 256,
+        keep: Default::default(),
         consistency: Default::default(),
         on: Vec::new(),
     }

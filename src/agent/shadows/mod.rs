@@ -22,7 +22,7 @@ use super::libvirt::Libvirt;
 use super::lock;
 use super::records::Records;
 use crate::api::control::{Role, ShadowStatus};
-use crate::api::types::ApiError;
+use crate::api::types::{ApiError, Keep, KeptEpoch};
 use crate::config::Config;
 use crate::transport::Security;
 use slot::Slot;
@@ -47,6 +47,8 @@ pub(super) struct Shared {
 pub struct Promoted {
     pub term: u64,
     pub epoch: u64,
+    /// Its own epochs are numbered above this.
+    pub numbers_after: u64,
     pub took_us: u64,
 }
 
@@ -86,7 +88,7 @@ impl Shadows {
             next_connection: AtomicU64::new(1),
         });
         for record in records.all().into_iter().filter(|record| record.role == Role::Shadow) {
-            let slot = Slot::new(Arc::clone(&shadows.shared), &record.uuid, &record.domain, record.term);
+            let slot = Slot::new(Arc::clone(&shadows.shared), &record.uuid, &record.domain, record.term, record.keep);
             match slot {
                 Ok(slot) => {
                     Slot::take_up(&slot);
@@ -132,7 +134,7 @@ impl Shadows {
     }
 
     /// From now on a primary with `term` may keep a shadow of this guest here.
-    pub fn accept(&self, uuid: &str, domain: &str, term: u64, primary: &str) -> Result<(), ApiError> {
+    pub fn accept(&self, uuid: &str, domain: &str, term: u64, primary: &str, keep: Keep) -> Result<(), ApiError> {
         // One that is being given up is waited for: its files are where those of the next one will be.
         if let Some(old) = self.slot(uuid).filter(|slot| slot.has_ended()) {
             self.forget(&old);
@@ -140,8 +142,9 @@ impl Shadows {
         let mut slots = lock(&self.slots);
         if let Some(slot) = slots.get(uuid) {
             slot.term_known(term);
+            slot.keep_changed(keep);
         } else {
-            let slot = Slot::new(Arc::clone(&self.shared), uuid, domain, term)?;
+            let slot = Slot::new(Arc::clone(&self.shared), uuid, domain, term, keep)?;
             slots.insert(uuid.into(), slot);
             lock(&self.promoted).remove(uuid);
             tracing::info!(guest = domain, term, primary, "a shadow of this guest may be kept here");
@@ -163,14 +166,12 @@ impl Shadows {
     }
 
     /// Makes the shadow the primary. Repeated with the same term it answers the same.
-    pub fn promote(&self, uuid: &str, term: u64, after_epoch: u64) -> Result<Promoted, ApiError> {
+    pub fn promote(&self, uuid: &str, term: u64, after_epoch: u64, back_to: Option<u64>) -> Result<Promoted, ApiError> {
         if let Some(done) = lock(&self.promoted).get(uuid).filter(|done| done.term == term) {
             return Ok(*done);
         }
-        let slot = self.slot(uuid).ok_or_else(|| {
-            ApiError::new("not-found", format!("{} keeps no shadow of guest {uuid}", self.shared.host))
-        })?;
-        let promoted = slot.promote(term, after_epoch)?;
+        let slot = self.slot(uuid).ok_or_else(|| self.no_shadow(uuid))?;
+        let promoted = slot.promote(term, after_epoch, back_to)?;
         lock(&self.promoted).insert(uuid.into(), promoted);
         lock(&self.slots).remove(uuid);
         Ok(promoted)
@@ -191,9 +192,23 @@ impl Shadows {
         promoted.max(self.records.get(uuid).map(|record| record.term))
     }
 
-    /// Epoch that this host's copy of the guest was promoted from; 0 if it was not.
+    /// What the epochs of this host's copy are numbered above if it was promoted; otherwise 0.
     pub fn promoted_epoch(&self, uuid: &str) -> u64 {
-        lock(&self.promoted).get(uuid).map_or(0, |promoted| promoted.epoch)
+        lock(&self.promoted).get(uuid).map_or(0, |promoted| promoted.numbers_after)
+    }
+
+    /// The epochs that the shadow here could be promoted from, oldest first.
+    pub fn epochs(&self, uuid: &str) -> Vec<KeptEpoch> {
+        self.slot(uuid).map(|slot| slot.epochs()).unwrap_or_default()
+    }
+
+    /// Keeps one of them for a while.
+    pub fn hold_epoch(&self, uuid: &str, epoch: u64, hold_ms: u64) -> Result<(), ApiError> {
+        self.slot(uuid).ok_or_else(|| self.no_shadow(uuid))?.hold_epoch(epoch, hold_ms)
+    }
+
+    fn no_shadow(&self, uuid: &str) -> ApiError {
+        ApiError::new("not-found", format!("{} keeps no shadow of guest {uuid}", self.shared.host))
     }
 
     pub fn status(&self, uuid: &str) -> Option<ShadowStatus> {

@@ -5,11 +5,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vmsync::hashes::HashSeed;
+use vmsync::history::{Undo, UndoRecord, read_back};
 use vmsync::message::{Hello, SourceMessage};
-use vmsync::target::{ConnId, HashId, PreparedImage, Promotion, Target, TargetConfig, TargetEffect, TargetEvent};
+use vmsync::target::{ConnId, HashId, Left, PreparedImage, Promotion, Target, TargetConfig, TargetEffect, TargetEvent};
 use vmsync::units::{Epoch, GuestUuid, Millis, Term};
 use vmsync::wire::WireError;
 
@@ -17,16 +18,18 @@ use super::connection::Answers;
 use super::{Promoted, Shared};
 use crate::agent::libvirt::Libvirt;
 use crate::api::control::ShadowStatus;
-use crate::api::types::ApiError;
+use crate::api::types::{ApiError, Keep, KeptEpoch};
 use crate::disk::images;
 use crate::hypervisor::xml::GuestDefinition;
 use crate::hypervisor::{HypervisorError, HypervisorEvent, Lifecycle, XmlKind};
-use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription, replace_file};
+use crate::standby::{Adopted, JournalFile, Shadow, ShadowDescription, UndoFiles, replace_file};
 
 /// Memory for epochs that are not applied yet: a quarter of the guest would do for most, this much for all.
 const STAGING_LIMIT_BYTES: u64 = 512 << 20;
 /// Pages hashed while the lock is held.
 const HASH_PAGES_AT_ONCE: usize = 2048;
+/// How long an epoch is kept at most because somebody is about to go back to it.
+const LONGEST_HOLD_MS: u64 = 120_000;
 
 pub(super) struct Slot {
     shared: Arc<Shared>,
@@ -34,6 +37,8 @@ pub(super) struct Slot {
     guest: GuestUuid,
     domain: String,
     started: Instant,
+    /// When that was, by the host's clock: ages of epochs outlast this agent.
+    started_ms: u64,
     inner: Mutex<Inner>,
     /// What a heartbeat shows; readable while a step is under way.
     status: Mutex<(ShadowStatus, Option<Instant>)>,
@@ -42,7 +47,11 @@ pub(super) struct Slot {
 struct Inner {
     target: Target,
     shadow: Option<Shadow>,
+    keep: Keep,
     journal: JournalFile,
+    undo: UndoFiles,
+    /// Former epochs cannot be kept: said once.
+    keeping_fails: bool,
     connections: BTreeMap<ConnId, Answers>,
     /// The hashing that is wanted; another one or none ends the thread that works on it.
     hashing: Option<HashId>,
@@ -58,7 +67,13 @@ struct Inner {
 }
 
 impl Slot {
-    pub(super) fn new(shared: Arc<Shared>, uuid: &str, domain: &str, term: u64) -> Result<Arc<Self>, ApiError> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        uuid: &str,
+        domain: &str,
+        term: u64,
+        keep: Keep,
+    ) -> Result<Arc<Self>, ApiError> {
         let guest =
             GuestUuid::parse(uuid).ok_or_else(|| ApiError::new("invalid", format!("{uuid:?} is not a UUID")))?;
         let failed = |error: &dyn std::fmt::Display| {
@@ -74,12 +89,15 @@ impl Slot {
             host: shared.host.clone(),
             term: Term::new(term),
             staging_limit_bytes: STAGING_LIMIT_BYTES,
+            keep: limits(keep),
         };
+        let undo = UndoFiles::open(&dir.join("undo"));
         let libvirt = Arc::clone(&shared.libvirt);
         let status = ShadowStatus {
             uuid: uuid.into(),
             term,
             committed_epoch: 0,
+            committed_term: 0,
             connected: false,
             problem: "nothing committed yet".into(),
         };
@@ -89,10 +107,14 @@ impl Slot {
             guest,
             domain: domain.into(),
             started: Instant::now(),
+            started_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |span| span.as_millis() as u64),
             inner: Mutex::new(Inner {
                 target: Target::new(config),
                 shadow: None,
                 journal,
+                undo,
+                keeping_fails: false,
+                keep,
                 connections: BTreeMap::new(),
                 hashing: None,
                 problem: "nothing committed yet".into(),
@@ -145,7 +167,13 @@ impl Slot {
             return tracing::info!(guest = self.domain, "the shadow's domain is gone; waiting for its primary");
         }
         let journal = inner.journal.read_all().unwrap_or_default();
-        let resumed = match Target::resume(self.config(inner.target.view().term), &state, &journal) {
+        let undo = match &adopted {
+            Adopted::Waiting(shadow) => inner.undo.found(self.guest, shadow.layout()),
+            _ => Vec::new(),
+        };
+        let left = Left { state: &state, journal: &journal, undo: &undo };
+        let config = self.config(inner.target.view().term, inner.keep);
+        let resumed = match Target::resume(config, self.now(), left) {
             Ok(resumed) => resumed,
             Err(error) => return tracing::warn!(guest = self.domain, %error, "a shadow's state record is of no use"),
         };
@@ -160,6 +188,7 @@ impl Slot {
                 inner.done = inner.target.promotion().map(|promotion| Promoted {
                     term: promotion.term.get(),
                     epoch: promotion.commit.epoch.get(),
+                    numbers_after: promotion.numbers_after().get(),
                     took_us: done.timings.running_us,
                 });
                 effects.clear();
@@ -167,19 +196,24 @@ impl Slot {
             }
             Adopted::None => {}
         }
-        let mut events = VecDeque::new();
-        self.perform(&mut inner, &mut effects, &mut events);
+        self.settle(&mut inner, effects, VecDeque::new());
         let epoch = inner.target.committed().map_or(0, |commit| commit.epoch.get());
         tracing::info!(guest = self.domain, epoch, "shadow taken up where it was");
         self.publish(&inner);
     }
 
-    fn config(&self, term: Term) -> TargetConfig {
+    /// Milliseconds by the host's clock when this began, steadily from there on.
+    fn now(&self) -> Millis {
+        Millis::new(self.started_ms.saturating_add(self.started.elapsed().as_millis() as u64))
+    }
+
+    fn config(&self, term: Term, keep: Keep) -> TargetConfig {
         TargetConfig {
             guest: self.guest,
             host: self.shared.host.clone(),
             term,
             staging_limit_bytes: STAGING_LIMIT_BYTES,
+            keep: limits(keep),
         }
     }
 
@@ -236,14 +270,17 @@ impl Slot {
         if inner.ended {
             return;
         }
-        let now = Millis::new(self.started.elapsed().as_millis() as u64);
-        let mut events = VecDeque::from([event]);
-        let mut effects = Vec::new();
-        while let Some(event) = events.pop_front() {
-            inner.target.step(now, event, &mut effects);
-            self.perform(inner, &mut effects, &mut events);
-        }
+        self.settle(inner, Vec::new(), VecDeque::from([event]));
         self.publish(inner);
+    }
+
+    /// Carries out effects, then tells events, those too that effects lead to, until there are none.
+    fn settle(self: &Arc<Self>, inner: &mut Inner, mut effects: Vec<TargetEffect>, mut events: VecDeque<TargetEvent>) {
+        loop {
+            self.perform(inner, &mut effects, &mut events);
+            let Some(event) = events.pop_front() else { return };
+            inner.target.step(self.now(), event, &mut effects);
+        }
     }
 
     /// Carries out effects in order. A failure of the image or the files ends what the shadow has: it says so and
@@ -255,7 +292,7 @@ impl Slot {
         events: &mut VecDeque<TargetEvent>,
     ) {
         for effect in effects.drain(..) {
-            if let Err(error) = self.perform_one(inner, effect) {
+            if let Err(error) = self.perform_one(inner, effect, events) {
                 tracing::error!(guest = self.domain, error, "the shadow's image is given up");
                 inner.problem = error;
                 self.destroy_image(inner);
@@ -268,13 +305,22 @@ impl Slot {
         effects.clear();
     }
 
-    fn perform_one(self: &Arc<Self>, inner: &mut Inner, effect: TargetEffect) -> Result<(), String> {
+    fn perform_one(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        effect: TargetEffect,
+        events: &mut VecDeque<TargetEvent>,
+    ) -> Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         match effect {
             TargetEffect::Prepare { hello, keep: _ } => self.begin_prepare(hello),
             TargetEffect::SaveState(bytes) => {
-                replace_file(&dir_of(&self.shared.run_dir, &self.uuid).join("target"), &bytes)
-                    .map_err(|error| format!("state record: {error}"))?;
+                let path = dir_of(&self.shared.run_dir, &self.uuid).join("target");
+                replace_file(&path, &bytes).map_err(|error| {
+                    // The old one must not vouch for what comes in place of the image that is given up now.
+                    let _ = fs::remove_file(&path);
+                    format!("state record: {error}")
+                })?;
             }
             TargetEffect::AppendJournal { bytes, durable } => {
                 inner.journal.append(&bytes).map_err(|e| text(&e))?;
@@ -287,6 +333,17 @@ impl Slot {
                 let shadow = inner.shadow.as_mut().ok_or("its domain is gone")?;
                 shadow.image_mut().apply(&frame).map_err(|e| text(&e))?;
             }
+            TargetEffect::Keep(undo) => {
+                let bytes = self.keep_epoch(inner, &undo)?;
+                events.push_back(TargetEvent::Kept { seq: undo.head.seq, bytes });
+            }
+            TargetEffect::DropKept { first, last } => inner.undo.remove(first, last).map_err(|e| text(&e))?,
+            TargetEffect::ReadBack { seqs, state } => {
+                let shadow = inner.shadow.as_ref().ok_or("its domain is gone")?;
+                let result = read_back(&seqs, state, self.guest, shadow.layout(), |seq| inner.undo.read(seq));
+                events.push_back(TargetEvent::BackRead { result });
+            }
+            TargetEffect::StepBack { seq } => self.step_back(inner, seq)?,
             TargetEffect::Hash { id, seed } => {
                 inner.hashing = Some(id);
                 self.begin_hashing(id, seed);
@@ -315,6 +372,36 @@ impl Slot {
             TargetEffect::PromoteRefused(refusal) => inner.promotion = Some(Err(refusal.to_string())),
         }
         Ok(())
+    }
+
+    /// Makes the undo record of an epoch that is about to be applied; none: there are no more records.
+    fn keep_epoch(&self, inner: &mut Inner, undo: &Undo) -> Result<Option<u64>, String> {
+        let shadow = inner.shadow.as_ref().ok_or("its domain is gone")?;
+        match inner.undo.make(undo, shadow.image()) {
+            Ok(bytes) => {
+                inner.keeping_fails = false;
+                Ok(Some(bytes))
+            }
+            // The shadow is worth more than its past.
+            Err(error) => {
+                if !std::mem::replace(&mut inner.keeping_fails, true) {
+                    tracing::warn!(guest = self.domain, %error, "former epochs are given up");
+                }
+                inner.undo.clear().map_err(|error| error.to_string())?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn step_back(&self, inner: &mut Inner, seq: u64) -> Result<(), String> {
+        let shadow = inner.shadow.as_mut().ok_or("its domain is gone")?;
+        let bytes = inner.undo.read(seq).map_err(|error| error.to_string())?;
+        let layout = shadow.layout().clone();
+        let record = UndoRecord::read(&bytes, self.guest, &layout).map_err(|error| error.to_string())?;
+        record.frames(&layout).try_for_each(|frame| {
+            let frame = frame.map_err(|error| error.to_string())?;
+            shadow.image_mut().apply(&frame).map_err(|error| error.to_string())
+        })
     }
 
     /// Makes the waiting domain, on a thread of its own: it takes half a second.
@@ -403,13 +490,49 @@ impl Slot {
         self.step(TargetEvent::TermKnown { term: Term::new(term) });
     }
 
-    pub(super) fn promote(self: &Arc<Self>, term: u64, after_epoch: u64) -> Result<Promoted, ApiError> {
+    /// So many former epochs are to be kept from now on.
+    pub(super) fn keep_changed(self: &Arc<Self>, keep: Keep) {
+        let mut inner = self.lock();
+        if inner.keep != keep {
+            inner.keep = keep;
+            self.step_locked(&mut inner, TargetEvent::KeepChanged { keep: limits(keep) });
+        }
+    }
+
+    pub(super) fn epochs(&self) -> Vec<KeptEpoch> {
+        let kept = self.lock().target.kept();
+        let now = self.now();
+        let view = |kept: vmsync::history::Kept| KeptEpoch {
+            epoch: kept.stamp.commit.epoch.get(),
+            term: kept.stamp.commit.term.get(),
+            age_ms: now.since(kept.stamp.at).get(),
+            bytes: kept.bytes.unwrap_or(0),
+        };
+        kept.into_iter().map(view).collect()
+    }
+
+    pub(super) fn hold_epoch(&self, epoch: u64, hold_ms: u64) -> Result<(), ApiError> {
+        let until = self.now().plus(Millis::new(hold_ms.min(LONGEST_HOLD_MS)));
+        let held = self.lock().target.hold(Epoch::new(epoch), until);
+        held.map_err(|error| {
+            let subject = format!("shadow of {} on {}", self.domain, self.shared.host);
+            ApiError::new("not-found", format!("{subject}: {error}"))
+        })
+    }
+
+    pub(super) fn promote(
+        self: &Arc<Self>,
+        term: u64,
+        after_epoch: u64,
+        back_to: Option<u64>,
+    ) -> Result<Promoted, ApiError> {
         let mut inner = self.lock();
         if let Some(done) = inner.done.filter(|done| done.term == term) {
             return Ok(done);
         }
         inner.promotion = None;
-        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after_epoch) };
+        let back_to = back_to.map(Epoch::new);
+        let event = TargetEvent::Promote { term: Term::new(term), after_epoch: Epoch::new(after_epoch), back_to };
         self.step_locked(&mut inner, event);
         let subject = format!("shadow of {} on {}", self.domain, self.shared.host);
         match inner.promotion.take() {
@@ -457,7 +580,7 @@ impl Slot {
             Ok(thread) => drop(super::lock(&self.shared.finishing).insert(self.uuid.clone(), thread)),
             Err(error) => tracing::error!(guest = self.domain, %error, "cannot announce the guest"),
         }
-        Ok(Promoted { term, epoch, took_us })
+        Ok(Promoted { term, epoch, numbers_after: promotion.numbers_after().get(), took_us })
     }
 
     /// Given up, completely; waits if that is under way.
@@ -491,15 +614,13 @@ impl Slot {
         if let Err(error) = removed {
             tracing::error!(guest = self.domain, error, "cannot remove the shadow's domain");
         }
-        if let Err(error) = inner.journal.truncate(0) {
-            tracing::error!(guest = self.domain, %error, "cannot empty the shadow's journal");
-        }
     }
 
     fn publish(&self, inner: &Inner) {
         let view = inner.target.view();
         let mut status = super::lock(&self.status);
         status.0.term = view.term.get();
+        status.0.committed_term = view.commit.map_or(0, |commit| commit.term.get());
         status.0.committed_epoch = view.commit.map_or(0, |commit| commit.epoch.get());
         status.0.connected = view.source_host.is_some();
         status.0.problem = match (&inner.shadow, view.commit) {
@@ -526,6 +647,11 @@ pub(in crate::agent) fn remove_images(libvirt: &Libvirt, disk_dir: &Path, uuid: 
     if let Err(error) = removed {
         tracing::warn!(uuid, dir = %disk_dir.display(), error, "images of a guest's disks stay");
     }
+}
+
+fn limits(keep: Keep) -> vmsync::Keep {
+    let Keep { epochs, age_ms, mib } = keep;
+    vmsync::Keep { epochs, age: Millis::new(age_ms), bytes: mib.saturating_mul(1 << 20) }
 }
 
 fn dir_of(run_dir: &Path, uuid: &str) -> PathBuf {

@@ -226,7 +226,7 @@ pub fn is_zero(page: &Page) -> bool {
 }
 
 /// The word that the page consists of.
-fn one_word(page: &Page) -> Option<u64> {
+pub(super) fn one_word(page: &Page) -> Option<u64> {
     let words = page.as_chunks::<8>().0;
     let first = words[0];
     // Most pages end here.

@@ -18,6 +18,7 @@ pub mod encoder;
 pub mod frame;
 pub mod mirror;
 pub mod sum;
+pub mod undo;
 
 pub mod blob;
 mod diff;
@@ -30,3 +31,4 @@ pub use encoder::{CodecStats, Encoder, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
 pub use mirror::MirrorBudget;
 pub use sum::KnownPages;
+pub use undo::UndoEncoder;

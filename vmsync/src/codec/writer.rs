@@ -140,6 +140,11 @@ impl FrameWriter {
         std::mem::take(&mut self.frames)
     }
 
+    /// The frames that are complete already.
+    pub(super) fn full_frames(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.frames)
+    }
+
     /// Ends the frame of changes if a page with a patch of `limit` bytes might not fit.
     fn changes_grew(&mut self, limit: usize) {
         let changes = &self.changes;

@@ -1,8 +1,11 @@
 //! Pages and device state come in, epochs are sealed, acknowledged and applied.
 
+use std::sync::Arc;
+
 use super::session::{Hashing, Staged};
-use super::{Breach, Target, TargetEffect};
+use super::{Applied, Breach, Target, TargetEffect};
 use crate::device_state::{DeviceState, DeviceStateError};
+use crate::history::Stamp;
 use crate::journal::{Commit, SealedEpoch};
 use crate::message::TargetBody;
 use crate::units::Epoch;
@@ -19,7 +22,7 @@ impl Target {
         session.chain.add(checksum);
         if image.committed.is_none() {
             image.zero = false;
-            effects.push(TargetEffect::Apply(frame));
+            effects.push(TargetEffect::Apply(Arc::new(frame)));
             return Ok(());
         }
         session.staged.bytes += frame.memory_bytes().max(bytes.len() as u64);
@@ -80,6 +83,7 @@ impl Target {
             self.append_journal(record, true, effects);
         } else {
             // All pages are in the image: the record alone makes it whole.
+            image.applied = Some(Applied { stamp: Stamp { commit, at: self.now }, device_state });
             self.save_state(effects);
         }
         self.send(conn, epoch, &TargetBody::Ack, effects);
@@ -96,10 +100,10 @@ impl Target {
     /// is staged behind them.
     pub(super) fn apply_sealed(&mut self, effects: &mut Vec<TargetEffect>) {
         let Some(session) = self.session.as_mut().filter(|s| !s.sealed.is_empty()) else { return };
-        for epoch in session.sealed.drain(..) {
-            effects.extend(epoch.frames.into_iter().map(TargetEffect::Apply));
-        }
         let nothing_staged = session.chain.count == 0;
+        for epoch in std::mem::take(&mut session.sealed) {
+            self.apply_epoch(epoch, true, effects);
+        }
         self.save_state(effects);
         if nothing_staged {
             self.clear_journal(effects);
@@ -129,14 +133,16 @@ impl Target {
         let frames = std::mem::replace(&mut session.staged, staged).frames;
         if let Some(image) = &mut self.image {
             image.committed = None;
+            image.applied = None;
             image.zero = false;
         }
         // First the record, durably: from here on the image is no epoch.
         self.save_state(effects);
+        self.drop_history(effects);
         self.clear_journal(effects);
         self.journal.records.reset();
         effects.push(TargetEffect::CommitLost);
-        effects.extend(frames.into_iter().map(TargetEffect::Apply));
+        effects.extend(frames.into_iter().map(Arc::new).map(TargetEffect::Apply));
         self.send(conn, Epoch::NONE, &TargetBody::GaveUp, effects);
     }
 }

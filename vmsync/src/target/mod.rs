@@ -7,12 +7,14 @@
 //!    +---- Disconnected, refused --------+  \-- it has none yet: applied as it comes; the Commit makes it whole
 //!
 //!  Promote (only with a commit): Promoted, for good. It refuses every source from then on.
+//!  Promote back to an older epoch: its undo records are read, and then applied (see `back`).
 //! ```
 //! The image is touched in two ways only. With a commit: whole sealed epochs, replayable from the journal, so that
 //! the last committed epoch can be promoted at any moment and after any crash. Without one: as pages come, after the
 //! state record says durably that there is no commit. When staging would exceed its limit, the commit is given up
 //! on purpose, and the source is told.
 
+mod back;
 mod commit;
 mod promote;
 mod resume;
@@ -20,11 +22,14 @@ mod session;
 
 use std::sync::Arc;
 
-pub use resume::Resumed;
+use back::GoingBack;
+pub use back::NotKept;
+pub use resume::{Left, Resumed};
 
 use crate::codec::{FrameDecoder, KnownPages, PagesFrame};
 use crate::device_state::DeviceState;
 use crate::hashes::HashSeed;
+use crate::history::{History, Keep, Stamp, Undo};
 use crate::journal::{Commit, JOURNAL_HEADER_BYTES, RecordEncoder};
 use crate::layout::RamLayout;
 use crate::message::{Hello, RefuseCode, SourceMessage};
@@ -44,6 +49,8 @@ pub struct TargetConfig {
     /// Most memory for pages of epochs that are not applied yet. The journal stays below twice as many bytes (and
     /// a device state or two).
     pub staging_limit_bytes: u64,
+    /// How many former epochs are kept.
+    pub keep: Keep,
 }
 
 /// One connection, numbered by the driver; never used twice.
@@ -76,7 +83,14 @@ pub enum TargetEvent {
     TermKnown { term: Term },
     /// Become primary with `term` (higher than any known), from the newest commit, unless it is older than
     /// `after_epoch`. Answered by [`TargetEffect::Promote`] or [`TargetEffect::PromoteRefused`].
-    Promote { term: Term, after_epoch: Epoch },
+    /// With `back_to`: from that epoch, which is kept.
+    Promote { term: Term, after_epoch: Epoch, back_to: Option<Epoch> },
+    /// Answer to [`TargetEffect::Keep`]: the record's length; or none, and then all records are gone.
+    Kept { seq: u64, bytes: Option<u64> },
+    /// Answer to [`TargetEffect::ReadBack`].
+    BackRead { result: Result<DeviceState, String> },
+    /// From now on so many former epochs are kept.
+    KeepChanged { keep: Keep },
 }
 
 /// What [`TargetEffect::Prepare`] led to.
@@ -113,7 +127,25 @@ pub enum TargetEffect {
     },
     /// Write these pages into the image. If the image can outlive a host's crash, it must be synced before the
     /// next SaveState.
-    Apply(PagesFrame),
+    Apply(Arc<PagesFrame>),
+    /// Make this undo record of the image as it is, with [`Undo::make`], durably, under the number it has; and answer
+    /// with [`TargetEvent::Kept`]. If it cannot be made, remove all records there are before anything else is done.
+    Keep(Box<Undo>),
+    /// Remove undo records with these numbers; some of them may not be there. Durably, if no others are left.
+    DropKept {
+        first: u64,
+        last: u64,
+    },
+    /// Read and check these undo records, the newest first, with [`read_back`](crate::history::read_back). Answer with
+    /// [`TargetEvent::BackRead`].
+    ReadBack {
+        seqs: Vec<u64>,
+        state: DeviceState,
+    },
+    /// Apply the frames of that undo record to the image, in order.
+    StepBack {
+        seq: u64,
+    },
     /// Hash all pages of the image with [`hash_page`](crate::hashes::hash_page) and answer, block by block and in
     /// order, with [`TargetEvent::Hashed`] (not faster than the connection takes them), at last
     /// [`TargetEvent::HashingDone`]. Beside the loop: other events and effects go on meanwhile. No Apply comes
@@ -150,7 +182,24 @@ pub struct Promotion {
     /// The new primary's term.
     pub term: Term,
     pub commit: Commit,
+    /// The newest epoch that this shadow had; another one if it went back. Numbers go on behind it.
+    pub newest: Epoch,
     pub device_state: DeviceState,
+}
+
+/// Epochs of a guest that went back are numbered from the next multiple of this on, so that none of the epochs that
+/// other shadows still have is taken for one of them.
+const EPOCHS_APART: u64 = 1_000_000;
+
+impl Promotion {
+    /// The new primary's epochs are numbered above this.
+    pub fn numbers_after(&self) -> Epoch {
+        if self.newest == self.commit.epoch {
+            return self.newest;
+        }
+        let parts = self.newest.get() / EPOCHS_APART + 1;
+        Epoch::new(parts.saturating_mul(EPOCHS_APART))
+    }
 }
 
 /// Why a target closes a connection.
@@ -206,6 +255,10 @@ pub enum PromoteRefusal {
     NoCommit,
     #[error("this shadow's newest epoch is {committed}; at least {wanted} is wanted")]
     TooOld { committed: Epoch, wanted: Epoch },
+    #[error("this shadow does not keep epoch {asked}; it has {kept}")]
+    NotKept { asked: Epoch, kept: String },
+    #[error("this shadow cannot go back to epoch {asked}: {reason}")]
+    CannotGoBack { asked: Epoch, reason: String },
 }
 
 /// What a target shows of itself.
@@ -234,6 +287,10 @@ pub struct Target {
     session: Option<Session>,
     /// The Hello that a Prepare is under way for.
     preparing: Option<Box<Hello>>,
+    history: History,
+    going_back: Option<GoingBack>,
+    /// Of the event at hand.
+    now: Millis,
     journal: Journal,
     decoder: FrameDecoder,
     next_hash: u64,
@@ -247,8 +304,16 @@ struct Image {
     /// True until something is applied to a fresh image.
     zero: bool,
     committed: Option<(Commit, DeviceState)>,
+    /// The epoch that is in place: sealed ones may wait to be applied.
+    applied: Option<Applied>,
     /// Contents of its pages once all that came is applied: what changes must be made against.
     known: KnownPages,
+}
+
+#[derive(Debug, Clone)]
+struct Applied {
+    stamp: Stamp,
+    device_state: DeviceState,
 }
 
 /// Lengths of the journal's file, as this side made it.
@@ -265,20 +330,24 @@ impl Target {
     pub fn new(config: TargetConfig) -> Self {
         Self {
             term: config.term,
-            config,
             promotion: None,
             image: None,
             session: None,
             preparing: None,
+            history: History::new(config.keep),
+            going_back: None,
+            now: Millis::default(),
             journal: Journal::default(),
             decoder: FrameDecoder::new(),
             next_hash: 0,
             heard_at: None,
+            config,
         }
     }
 
     /// Takes one event and appends what is to be done.
     pub fn step(&mut self, now: Millis, event: TargetEvent, effects: &mut Vec<TargetEffect>) {
+        self.now = now;
         match event {
             TargetEvent::Received { conn, message } => self.received(now, conn, message, effects),
             TargetEvent::Unreadable { conn, error } => self.unreadable(conn, error, effects),
@@ -292,7 +361,13 @@ impl Target {
             TargetEvent::Hashed { id, start, hashes } => self.hashed(id, start, &hashes, effects),
             TargetEvent::HashingDone { id } => self.hashing_done(id, effects),
             TargetEvent::TermKnown { term } => self.term_known(term, effects),
-            TargetEvent::Promote { term, after_epoch } => self.promote(term, after_epoch, effects),
+            TargetEvent::Promote { term, after_epoch, back_to } => self.promote(term, after_epoch, back_to, effects),
+            TargetEvent::Kept { seq, bytes } => {
+                self.history.made(seq, bytes);
+                self.trim_history(effects);
+            }
+            TargetEvent::BackRead { result } => self.back_read(result, effects),
+            TargetEvent::KeepChanged { keep } => self.keep_changed(keep, effects),
         }
     }
 

@@ -1,9 +1,19 @@
 //! A restarted agent takes up its shadow where the last one left it.
 
-use super::{Image, Promotion, Target, TargetConfig, TargetEffect};
+use super::{Applied, Image, Promotion, Target, TargetConfig, TargetEffect};
 use crate::codec::KnownPages;
-use crate::journal::{JOURNAL_HEADER_BYTES, encode_header, scan};
+use crate::history::{FoundUndo, History, Keep, Stamp};
+use crate::journal::{Commit, JOURNAL_HEADER_BYTES, SealedEpoch, encode_header, scan};
 use crate::state_record::{StateError, StateRecord};
+use crate::units::Millis;
+
+/// What a former agent left, besides the image.
+#[derive(Debug, Clone, Copy)]
+pub struct Left<'a> {
+    pub state: &'a [u8],
+    pub journal: &'a [u8],
+    pub undo: &'a [FoundUndo],
+}
 
 /// A target made from what a former agent left.
 #[derive(Debug)]
@@ -24,9 +34,10 @@ impl Target {
     ///
     /// The record tells the commit; epochs that are sealed in the journal are replayed onto the image. A record or
     /// a journal that cannot be read means that there is no commit: the image is taken for unknown contents.
-    pub fn resume(config: TargetConfig, state: &[u8], journal: &[u8]) -> Result<Resumed, StateError> {
-        let record = StateRecord::decode(state, config.guest)?;
+    pub fn resume(config: TargetConfig, now: Millis, left: Left<'_>) -> Result<Resumed, StateError> {
+        let record = StateRecord::decode(left.state, config.guest)?;
         let mut target = Self::new(config);
+        target.now = now;
         target.term = target.term.max(record.term);
         let mut resumed = Resumed { target, effects: Vec::new(), notes: Vec::new() };
         let Some(image) = record.image else { return Ok(resumed) };
@@ -34,53 +45,119 @@ impl Target {
             known: KnownPages::unknown(&image.layout),
             layout: image.layout,
             zero: false,
+            applied: image
+                .committed
+                .clone()
+                .map(|(commit, device_state)| Applied { stamp: Stamp { commit, at: now }, device_state }),
             committed: image.committed,
         });
         if record.promoted {
-            resumed.target.take_up_promotion();
+            resumed.target.take_up_promotion(left.undo);
         } else {
-            resumed.replay(journal);
+            resumed.replay(left);
         }
         Ok(resumed)
     }
 
-    fn take_up_promotion(&mut self) {
-        let committed = self.image.as_ref().and_then(|image| image.committed.clone());
-        self.promotion = committed.map(|(commit, device_state)| Promotion { term: self.term, commit, device_state });
+    fn take_up_promotion(&mut self, undo: &[FoundUndo]) {
+        let Some((commit, device_state)) = self.image.as_ref().and_then(|image| image.committed.clone()) else {
+            return;
+        };
+        // If it went back, records lead from what the image held to the epoch that was promoted: they are all needed.
+        let newest =
+            undo.iter().filter_map(|found| found.head).max_by_key(|head| head.seq).map(|head| head.newer.commit);
+        let all = Keep { bytes: u64::MAX, ..Keep::default() };
+        let resumption = History::resume(all, undo, newest.as_slice());
+        self.history = resumption.history;
+        let newest = newest.map_or(commit.epoch, |newest| newest.epoch.max(commit.epoch));
+        self.promotion = Some(Promotion { term: self.term, commit, newest, device_state });
     }
 }
 
 impl Resumed {
-    fn replay(&mut self, journal: &[u8]) {
+    fn replay(&mut self, left: Left<'_>) {
         let target = &mut self.target;
         let Some(image) = &mut target.image else { return };
-        let found = scan(journal, target.config.guest, &image.layout);
+        let found = scan(left.journal, target.config.guest, &image.layout);
         // Whatever is there is longer than nothing and is cut off below.
-        target.journal.len_bytes = (journal.len() as u64).max(1);
+        target.journal.len_bytes = (left.journal.len() as u64).max(1);
+        let mut sealed = Vec::new();
         match found {
             Ok(scan) => {
                 if let Some(tail) = scan.tail {
                     self.notes.push(format!("dropped an epoch that was never acknowledged: {tail}"));
                 }
                 // Without a commit in the record nothing was staged: the journal is older than the record.
-                let replayed = image.committed.is_some() && !scan.epochs.is_empty();
-                for epoch in scan.epochs.into_iter().filter(|_| replayed) {
-                    self.effects.extend(epoch.frames.into_iter().map(TargetEffect::Apply));
-                    image.committed = Some((epoch.commit, epoch.device_state));
+                if let Some((committed, _)) = &image.committed {
+                    sealed = scan.epochs;
+                    // What was sealed up to the record's epoch is in place. That itself may be missing: a journal that was
+                    // emptied behind the record may come back after a power cut, half overwritten.
+                    let in_place = sealed.iter().position(|epoch| epoch.commit == *committed).map_or(0, |at| at + 1);
+                    sealed.drain(..in_place);
+                    let newer = |commit: &Commit| commit.lineage != committed.lineage || commit.epoch > committed.epoch;
+                    sealed.retain(|epoch| newer(&epoch.commit));
                 }
             }
             Err(error) => {
                 self.notes.push(error.to_string());
                 // A header damaged while it was written, before anything was staged, is no loss; a longer file
                 // may have held sealed epochs that are half applied.
-                if journal.len() as u64 > JOURNAL_HEADER_BYTES && image.committed.take().is_some() {
+                if left.journal.len() as u64 > JOURNAL_HEADER_BYTES && image.committed.take().is_some() {
+                    image.applied = None;
                     self.notes.push("gave up the commit: the journal may have held a part of it".into());
                 }
             }
         }
         let header = encode_header(target.config.guest, &image.layout);
+        let mut recorded = self.take_up_history(left.undo, &sealed);
+        let target = &mut self.target;
+        for epoch in sealed {
+            let commit = epoch.commit;
+            let device_state = epoch.device_state.clone();
+            target.apply_epoch(epoch, recorded == Recorded::Before, &mut self.effects);
+            if let Some(image) = &mut target.image {
+                image.committed = Some((commit, device_state));
+            }
+            if recorded == Recorded::UpTo(commit) {
+                recorded = Recorded::Before;
+            }
+        }
+        target.trim_history(&mut self.effects);
         target.save_state(&mut self.effects);
         target.truncate_journal(0, &mut self.effects);
         target.append_journal(header, true, &mut self.effects);
     }
+
+    /// Goes on with the undo records that fit; what is known about epochs that are about to be replayed.
+    fn take_up_history(&mut self, undo: &[FoundUndo], sealed: &[SealedEpoch]) -> Recorded {
+        let target = &mut self.target;
+        let Some(image) = &mut target.image else { return Recorded::Unknown };
+        let mut known: Vec<Commit> = image.committed.iter().map(|(commit, _)| *commit).collect();
+        known.extend(sealed.iter().map(|epoch| epoch.commit));
+        let resumption = History::resume(target.config.keep, undo, &known);
+        target.history = resumption.history;
+        let dropped = resumption
+            .drop
+            .into_iter()
+            .map(|range| TargetEffect::DropKept { first: *range.start(), last: *range.end() });
+        self.effects.extend(dropped);
+        let Some(recorded) = resumption.recorded_to else { return Recorded::Unknown };
+        if let Some(applied) = &mut image.applied
+            && applied.stamp.commit == recorded.commit
+        {
+            applied.stamp.at = recorded.at;
+        }
+        let is_replayed = sealed.iter().any(|epoch| epoch.commit == recorded.commit);
+        if is_replayed { Recorded::UpTo(recorded.commit) } else { Recorded::Before }
+    }
+}
+
+/// Which of the epochs that are replayed have undo records already.
+#[derive(Debug, PartialEq, Eq)]
+enum Recorded {
+    /// Nobody knows whether the image is still what a record would have to lead to.
+    Unknown,
+    UpTo(Commit),
+    /// None of those that come now, and the image is what a record has to lead to.
+    Before,
 }

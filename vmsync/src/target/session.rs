@@ -220,7 +220,9 @@ impl Target {
         // Fresh, or kept by a driver that knows of an image we know nothing of: then its contents are worth hashing.
         self.forget_image(effects);
         let known = if kept { KnownPages::unknown(&hello.layout) } else { KnownPages::zero(&hello.layout) };
-        self.image = Some(Image { layout: hello.layout.clone(), zero: !kept, committed: None, known });
+        // Whatever a former agent may have left that nobody took up.
+        effects.push(TargetEffect::DropKept { first: 0, last: u64::MAX });
+        self.image = Some(Image { layout: hello.layout.clone(), zero: !kept, committed: None, applied: None, known });
         self.save_state(effects);
         effects.push(TargetEffect::TruncateJournal { len_bytes: 0 });
         self.journal.len_bytes = 0;
@@ -229,13 +231,21 @@ impl Target {
     }
 
     pub(super) fn image_lost(&mut self, effects: &mut Vec<TargetEffect>) {
+        // There may be nothing any more to apply it to; what follows must be done all the same.
+        if let Some(session) = &mut self.session {
+            session.sealed.clear();
+        }
+        // No guest runs from it, and none will.
+        self.promotion = None;
+        self.going_back = None;
+        // First of all: what ends with the session was acknowledged.
+        self.forget_image(effects);
         // While a Prepare is under way its session goes on: a fresh image is about to come.
         if self.preparing.is_none()
             && let Some(conn) = self.session.as_ref().map(|s| s.conn)
         {
             self.close(conn, TargetCloseReason::ImageLost, effects);
         }
-        self.forget_image(effects);
     }
 
     /// Says durably that there is no image.
@@ -243,6 +253,7 @@ impl Target {
         let Some(image) = self.image.take() else { return };
         self.save_state(effects);
         self.clear_journal(effects);
+        self.drop_history(effects);
         if image.committed.is_some() {
             effects.push(TargetEffect::CommitLost);
         }
@@ -340,6 +351,8 @@ impl Target {
             }
         }
         self.apply_sealed(effects);
+        // Of the next source there must not be records behind those of this one: they would not build upon each other.
+        self.clear_journal(effects);
         self.session = None;
     }
 

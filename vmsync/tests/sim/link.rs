@@ -28,6 +28,8 @@ pub struct Link {
     bytes_per_ms: u64,
     to_source: Decoder<TargetBody>,
     to_target: Decoder<SourceBody>,
+    /// A side that could not read what came reads no more.
+    unreadable: bool,
     /// Arrival of the last piece: pieces do not overtake each other.
     last_to_target: u64,
     last_to_source: u64,
@@ -75,6 +77,7 @@ impl World {
             bytes_per_ms: if slow { self.rng.between(200, 3_000) } else { 200_000 },
             to_source: Decoder::new(),
             to_target: Decoder::new(),
+            unreadable: false,
             last_to_target: 0,
             last_to_source: 0,
         };
@@ -107,6 +110,7 @@ impl World {
     /// The kernel takes a piece of what waits.
     pub fn transmit(&mut self, id: u64) {
         let most = self.rng.between(1, 60_000) as usize;
+        let (flip, at) = (self.flips(), self.rng.next() as usize);
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
         let next = link.outgoing.front_mut().filter(|_| !link.stalled);
         let Some((bytes, offset)) = next else {
@@ -114,7 +118,10 @@ impl World {
             return;
         };
         let len = most.min(bytes.len() - *offset);
-        let piece = bytes[*offset..*offset + len].to_vec();
+        let mut piece = bytes[*offset..*offset + len].to_vec();
+        if flip {
+            piece[at % len] ^= 1 << (at / 65_536 % 8);
+        }
         *offset += len;
         if *offset == bytes.len() {
             link.outgoing.pop_front();
@@ -130,7 +137,14 @@ impl World {
         }
     }
 
+    fn flips(&mut self) -> bool {
+        let flips = self.nature.faults && self.rng.chance(self.nature.flip_per_mille);
+        self.seen.flips += u64::from(flips);
+        flips
+    }
+
     pub fn stall(&mut self, id: u64, stalled: bool) {
+        self.seen.stalls += u64::from(stalled);
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
         link.stalled = stalled;
         if !stalled && !link.transmitting {
@@ -145,16 +159,31 @@ impl World {
         loop {
             let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
             let (node, life) = (link.node, link.node_life);
-            let Some(message) = link.to_target.next().expect("what a source sends can be read") else { return };
+            if link.unreadable {
+                return;
+            }
+            let next = link.to_target.next();
+            link.unreadable = next.is_err();
+            let event = match next {
+                Ok(Some(message)) => TargetEvent::Received { conn: ConnId(id), message },
+                Ok(None) => return,
+                Err(error) => TargetEvent::Unreadable { conn: ConnId(id), error },
+            };
             if self.nodes[node].life != life {
                 return;
             }
-            self.target_event(node, TargetEvent::Received { conn: ConnId(id), message });
+            self.target_event(node, event);
         }
     }
 
     pub fn send_to_source(&mut self, id: u64, bytes: &[u8]) {
         let split = self.rng.below(bytes.len() as u64) as usize;
+        let (flip, at) = (self.flips(), self.rng.next() as usize);
+        let mut bytes = bytes.to_vec();
+        if flip {
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << (at % 8);
+        }
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up && !l.draining) else { return };
         let arrival = (self.now + link.latency_ms).max(link.last_to_source);
         link.last_to_source = arrival;
@@ -169,10 +198,18 @@ impl World {
         loop {
             let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
             let (primary, life, node) = (link.primary, link.primary_life, link.node);
-            let Some(message) = link.to_source.next().expect("what a target sends can be read") else { return };
+            let next = link.to_source.next();
             if !self.primaries[primary].alive || self.primaries[primary].life != life {
                 return;
             }
+            let message = match next {
+                Ok(Some(message)) => message,
+                Ok(None) => return,
+                Err(error) => {
+                    assert!(self.seen.flips > 0, "what a target sends can be read: {error}");
+                    return self.source_event(primary, SourceEvent::Unreadable { peer: peer_id(node), error });
+                }
+            };
             if let TargetBody::Welcome(state) = &message.body {
                 let lineage = self.primaries[primary].lineage;
                 match state {
@@ -192,6 +229,7 @@ impl World {
         let Some(link) = self.links.get_mut(&id).filter(|l| l.up) else { return };
         link.up = false;
         link.outgoing.clear();
+        self.seen.cut_links += 1;
         self.log(|| format!("link {id} is cut"));
         let (source_after, target_after) = (self.rng.below(150), self.rng.below(400));
         self.at(source_after, Ev::SourceSeesEnd { link: id });

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use vmsync::codec::MirrorBudget;
 use vmsync::source::{ReadId, SourceLimits};
 use vmsync::target::{HashId, PreparedImage};
-use vmsync::{GuestUuid, Millis, PageAddr, PageBatch, RamBlock, RamLayout};
+use vmsync::{GuestUuid, Keep, Millis, PageAddr, PageBatch, RamBlock, RamLayout};
 
 pub use link::Link;
 pub use node::Node;
@@ -66,6 +66,8 @@ pub enum Ev {
     StartNode { node: usize },
     DestroyImage { node: usize },
     Promote { node: usize },
+    KeepChanged { node: usize },
+    ClockJump { node: usize },
 }
 
 pub enum Read {
@@ -86,6 +88,11 @@ pub struct Nature {
     pub limits: SourceLimits,
     pub zstd_level: i32,
     pub mirror: MirrorBudget,
+    pub keep_fails_per_mille: u64,
+    /// Of pieces on their way, one bit of which changes.
+    pub flip_per_mille: u64,
+    /// Of writes for which there is no room.
+    pub full_per_ten_thousand: u64,
 }
 
 /// Contents of guest memory at one epoch.
@@ -136,9 +143,30 @@ pub struct Seen {
     pub collects: u64,
     pub coalesced: u64,
     pub checks: u64,
+    pub kept: u64,
+    pub not_kept: u64,
+    pub torn_records: u64,
+    pub went_back: u64,
+    pub torn_steps: u64,
+    pub checked_back: u64,
+    pub cut_links: u64,
+    pub stalls: u64,
+    pub flips: u64,
+    pub full_disks: u64,
+    pub clock_jumps: u64,
+    pub destroyed: u64,
+    pub restarts: u64,
 }
 
 impl Seen {
+    /// All that went wrong on purpose.
+    pub fn faults(&self) -> u64 {
+        let links = self.cut_links + self.stalls + self.flips;
+        let storage = self.torn_applies + self.torn_appends + self.torn_records + self.torn_steps + self.not_kept;
+        let hosts = self.crashes + self.restarts + self.destroyed + self.full_disks + self.clock_jumps;
+        links + storage + hosts + self.torn_reads + self.collects
+    }
+
     pub fn add(&mut self, world: &World) {
         let (s, w) = (self, &world.seen);
         s.commits += w.commits;
@@ -161,6 +189,19 @@ impl Seen {
         s.collects += w.collects;
         s.coalesced += w.coalesced;
         s.checks += w.checks;
+        s.kept += w.kept;
+        s.not_kept += w.not_kept;
+        s.torn_records += w.torn_records;
+        s.went_back += w.went_back;
+        s.torn_steps += w.torn_steps;
+        s.checked_back += w.checked_back;
+        s.cut_links += w.cut_links;
+        s.stalls += w.stalls;
+        s.flips += w.flips;
+        s.full_disks += w.full_disks;
+        s.clock_jumps += w.clock_jumps;
+        s.destroyed += w.destroyed;
+        s.restarts += w.restarts;
     }
 
     pub fn assert_everything_happened(&self, seeds: u64) {
@@ -173,7 +214,7 @@ impl Seen {
             ("commits given up", self.commits_lost),
             ("crashes", self.crashes),
             ("torn applies", self.torn_applies),
-            ("torn patches", self.torn_patches),
+            ("torn patches", self.torn_patches * 3),
             ("patched pages", self.patched_pages / 100),
             ("torn journal appends", self.torn_appends),
             ("epochs replayed from a journal", self.replayed_epochs),
@@ -186,6 +227,19 @@ impl Seen {
             ("torn live reads", self.torn_reads),
             ("collections", self.collects),
             ("coalesced epochs", self.coalesced),
+            ("kept epochs", self.kept / 10),
+            ("epochs that could not be kept", self.not_kept),
+            ("torn undo records", self.torn_records),
+            ("promotions of a former epoch", self.went_back),
+            ("torn steps back", self.torn_steps * 3),
+            ("former epochs checked", self.checked_back / 10),
+            ("links that were cut", self.cut_links),
+            ("links that stalled", self.stalls),
+            ("bits that flipped", self.flips),
+            ("full disks", self.full_disks),
+            ("clocks that jumped", self.clock_jumps),
+            ("images destroyed", self.destroyed),
+            ("restarts of a primary's agent", self.restarts),
         ] {
             assert!(times >= seeds / 20, "too few {what}: {times} in {seeds} seeds");
         }
@@ -220,7 +274,8 @@ impl World {
             layout,
         };
         for node in 0..PEERS {
-            world.nodes.push(Node::new(node));
+            let keep = keep(&mut world.rng);
+            world.nodes.push(Node::new(node, keep));
             world.start_node(node);
         }
         let pages = (0..world.layout.total_pages()).map(|_| world.rng.below(3)).collect();
@@ -302,6 +357,8 @@ impl World {
             Ev::StartNode { node } => self.start_node(node),
             Ev::DestroyImage { node } => self.destroy_image(node),
             Ev::Promote { node } => self.promote(node),
+            Ev::KeepChanged { node } => self.keep_changed(node),
+            Ev::ClockJump { node } => self.clock_jump(node),
         }
     }
 
@@ -319,6 +376,16 @@ impl World {
         for _ in 0..self.rng.below(3) {
             let (at, node) = (self.rng.between(500, CHAOS_MS), self.rng.below(PEERS as u64) as usize);
             self.at(at, Ev::Promote { node });
+        }
+        for node in 0..PEERS {
+            if self.rng.chance(200) {
+                let at = self.rng.below(CHAOS_MS);
+                self.at(at, Ev::KeepChanged { node });
+            }
+            if self.rng.chance(200) {
+                let at = self.rng.below(CHAOS_MS);
+                self.at(at, Ev::ClockJump { node });
+            }
         }
         if self.rng.chance(400) {
             let at = self.rng.below(CHAOS_MS);
@@ -356,6 +423,19 @@ fn nature(rng: &mut Rng) -> Nature {
             0 => MirrorBudget::Bytes(rng.below(20) * 4096),
             _ => MirrorBudget::Full,
         },
+        keep_fails_per_mille: [0, 2, 30][rng.below(3) as usize],
+        flip_per_mille: [0, 0, 1, 4][rng.below(4) as usize],
+        full_per_ten_thousand: [0, 0, 3, 20][rng.below(4) as usize],
+    }
+}
+
+/// How many former epochs a node keeps.
+pub fn keep(rng: &mut Rng) -> Keep {
+    let age = if rng.chance(300) { rng.between(50, 2_000) } else { 0 };
+    Keep {
+        epochs: [0, 1, 3, 8][rng.below(4) as usize],
+        age: Millis::new(age),
+        bytes: [0, 8 << 10, 60 << 10, 1 << 20][rng.below(4) as usize],
     }
 }
 

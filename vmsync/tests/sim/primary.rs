@@ -81,6 +81,7 @@ impl World {
             return;
         }
         self.log(|| format!("primary {primary}: agent restarts"));
+        self.seen.restarts += 1;
         self.lineage += 1;
         let (term, lineage) = (self.primaries[primary].term, self.lineage);
         let source = self.new_source(term, lineage);
@@ -271,7 +272,8 @@ impl World {
                     self.seen.silent += 1;
                 }
                 self.log(|| format!("primary {primary} closes {peer}: {reason}"));
-                assert!(!matches!(reason, CloseReason::Protocol(_) | CloseReason::Unreadable(_)), "{reason}");
+                let readable = !matches!(reason, CloseReason::Protocol(_) | CloseReason::Unreadable(_));
+                assert!(readable || self.seen.flips > 0, "{reason}");
                 self.source_closes(primary, node_of(&peer));
             }
             SourceEffect::Committed { peer, epoch } => self.log(|| format!("primary {primary}: {peer} has {epoch}")),
@@ -285,7 +287,7 @@ impl World {
                 self.seen.refused += 1;
                 self.log(|| format!("primary {primary} refused: {code:?} {text}"));
                 use vmsync::message::RefuseCode::{OutOfStep, Protocol};
-                assert!(code != Protocol && code != OutOfStep, "{text}");
+                assert!(code != OutOfStep && (code != Protocol || self.seen.flips > 0), "{text}");
             }
             SourceEffect::Verified(report) => self.verified(primary, report),
         }
@@ -307,6 +309,7 @@ impl World {
 
     /// Limits hold, at every moment.
     pub fn check_bounds(&mut self) {
+        self.check_keep();
         let limits = &self.nature.limits;
         let epoch_bytes = (self.layout.total_pages() + 8) * 4096 * 2;
         for p in self.primaries.iter().filter(|p| p.alive) {

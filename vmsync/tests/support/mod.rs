@@ -12,8 +12,8 @@ use vmsync::source::{
 use vmsync::target::{ConnId, PreparedImage, Target, TargetConfig, TargetEffect, TargetEvent};
 use vmsync::wire::Decoder;
 use vmsync::{
-    BlockIndex, DeviceState, Epoch, GuestUuid, Lineage, Millis, PAGE_SIZE, Page, PageAddr, PageBatch, PageSet, PeerId,
-    RamBlock, RamLayout, Term,
+    BlockIndex, DeviceState, Epoch, GuestUuid, Keep, Lineage, Millis, PAGE_SIZE, Page, PageAddr, PageBatch, PageSet,
+    PeerId, RamBlock, RamLayout, Term,
 };
 
 pub const GUEST: GuestUuid = GuestUuid::from_bytes([7; 16]);
@@ -155,7 +155,8 @@ pub fn source(layout: &RamLayout, term: u64, lineage: u64, limits: SourceLimits)
 }
 
 pub fn target(term: u64, staging_limit_bytes: u64) -> Target {
-    Target::new(TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(term), staging_limit_bytes })
+    let keep = Keep::default();
+    Target::new(TargetConfig { guest: GUEST, host: "h2".into(), term: Term::new(term), staging_limit_bytes, keep })
 }
 
 /// A source and a target with a perfect connection between them.
@@ -253,7 +254,7 @@ impl Pair {
     }
 
     pub fn promote(&mut self, term: Term, after_epoch: Epoch) -> Option<(Commit, DeviceState)> {
-        self.target_event(TargetEvent::Promote { term, after_epoch });
+        self.target_event(TargetEvent::Promote { term, after_epoch, back_to: None });
         self.promoted.clone()
     }
 
