@@ -18,6 +18,8 @@ use placement::solver::{Options, Outcome, Stage, solve};
 
 #[path = "support/failure.rs"]
 mod failure;
+#[path = "support/forced.rs"]
+mod forced;
 #[path = "support/generate.rs"]
 mod generate;
 #[path = "support/nova.rs"]
@@ -51,7 +53,7 @@ const KNOWN: [Known; 9] = [
     known("XL-base-1", "best known", 11_092.0, &[(3.0, 2.0), (1.5, 10.0)]),
 ];
 /// A plan for the largest site has to be there within so many seconds, and after the loss of a rack and of a power domain;
-/// the shadows that another planner moved then.
+/// the shadows that another planner moved then, from a plan of its own: fewer are to move.
 const FIRST_XL_S: f64 = 0.5;
 const REPLANS: [(Level, u64, f64, usize); 2] = [(Level::Rack, 7, 0.1, 182), (Level::Power, 3, 0.4, 3_512)];
 /// Nova's way takes a minute and more beyond.
@@ -76,6 +78,7 @@ struct Run {
     first_s: f64,
     wall_s: f64,
     cpu_s: f64,
+    audit: checker::Audit,
 }
 
 fn main() -> ExitCode {
@@ -129,9 +132,8 @@ fn bench() -> Result<(), String> {
             line(&name, &run, nova.as_ref());
         }
         figures(&name, &run, nova.as_ref(), &mut rows);
-        if instance.hosts.len() < 1_000 {
-            rows.push(same_on_one_thread(&name, &instance, &run)?);
-        }
+        audited(&name, &run, &mut rows);
+        rows.push(same_on_one_thread(&name, &instance, &run)?);
         if name.starts_with("XL") {
             for (level, domain, within_s, others_moved) in REPLANS {
                 replan(&instance, &run.outcome.plan, (level, domain), threads, (within_s, others_moved), &mut rows)?;
@@ -166,11 +168,16 @@ impl Row {
         self
     }
 
+    fn below(mut self, limit: f64) -> Self {
+        (self.target, self.met) = (Some(format!("< {limit}")), Some(self.value < limit));
+        self
+    }
+
     fn print(&self) {
         let met = self.met.map_or("", |met| if met { "met" } else { "MISSED" });
         let peer = self.peer_value.map_or(String::new(), |value| format!("{value:.2} {}", self.peer));
         let target = self.target.clone().unwrap_or_default();
-        println!("{:<44}{:>10.2} {:<6}{target:<10}{met:<8}{peer}", self.name, self.value, self.unit);
+        println!("{:<68}{:>10.2} {:<6}{target:<10}{met:<8}{peer}", self.name, self.value, self.unit);
     }
 }
 
@@ -181,6 +188,12 @@ fn as_nova(instance: &Instance) -> (Option<(f64, usize)>, f64) {
     let took_s = started.elapsed().as_secs_f64();
     let report = accept(instance, &plan).ok();
     (report.map(|report| (report.objective() as f64 / 1e6, report.unplaced)), took_s)
+}
+
+fn audited(name: &str, run: &Run, rows: &mut Vec<Row>) {
+    let wrong = run.audit.not_maximal + run.audit.claims_wrong;
+    let row = Row::new(format!("{name}: left out though they fit, or wrongly explained"), wrong as f64, "");
+    rows.push(row.at_most(0.0).beside("looked at", run.audit.audited as f64));
 }
 
 fn figures(name: &str, run: &Run, nova: Option<&(Option<(f64, usize)>, f64)>, rows: &mut Vec<Row>) {
@@ -240,10 +253,7 @@ fn run(instance: &Instance, threads: usize) -> Result<Run, String> {
     let (wall_s, cpu_s) = (started.elapsed().as_secs_f64(), (threads.cpu() - cpu_before).as_secs_f64());
     accept(instance, &outcome.plan)?;
     let audit = checker::audit(instance, &outcome.plan, 50).map_err(|error| error.to_string())?;
-    if audit.not_maximal + audit.claims_wrong > 0 {
-        return Err(format!("{}: {audit:?}", instance.name));
-    }
-    Ok(Run { outcome, stages, first_s, wall_s, cpu_s })
+    Ok(Run { outcome, stages, first_s, wall_s, cpu_s, audit })
 }
 
 fn accept(instance: &Instance, plan: &Plan) -> Result<checker::Report, String> {
@@ -281,12 +291,17 @@ fn replan(
 ) -> Result<(), String> {
     let after = failure::after(instance, plan, level, domain);
     let run = run(&after, threads)?;
+    audited(&after.name, &run, rows);
     let report = accept(&after, &run.outcome.plan)?;
     let down = after.hosts.iter().filter(|host| host.state == placement::instance::HostState::Down).count();
     let what = format!("{} after the loss of {level:?} {domain} ({down} hosts)", instance.name);
-    let moved = Row::new(format!("{what}: moved"), report.moved as f64, "").at_most(others_moved as f64);
+    let least = forced::moves(&after) as f64;
+    let moved = Row::new(format!("{what}: moved"), report.moved as f64, "").below(others_moved as f64);
     rows.push(Row::new(format!("{what}: time"), run.wall_s, "s").at_most(within_s));
-    rows.push(moved.beside("by another planner, from its own plan", others_moved as f64));
+    rows.push(moved.beside("have to move from this plan, whoever plans", least));
+    let chosen = Row::new(format!("{what}: moved without need"), report.moved as f64 - least, "");
+    rows.push(chosen.beside("moved by another planner in all, from its own plan", others_moved as f64));
+    rows.push(same_on_one_thread(&after.name, &after, &run)?);
     rows.push(Row::new(format!("{what}: left out"), report.unplaced as f64, "").at_most(0.0));
     Ok(())
 }

@@ -88,7 +88,7 @@ fn exchange(view: &mut View<'_>, host: u32, refused: &[u32]) {
 /// Improves where the shadows that had to be placed stand; no other moves.
 fn settle(problem: &Problem<'_>, board: &mut Board, free: &[u32], kept: &[bool], options: &Options) {
     let soft = fresh::price_of_a_shadow(problem, board);
-    let moves = options.moves.unwrap_or((25 * free.len() as u64).clamp(10_000, 250_000));
+    let moves = options.moves.unwrap_or((15 * free.len() as u64).clamp(5_000, 100_000));
     let schedule = Schedule { moves, hot: 0.2 * soft, cold: 0.01 * soft, tries: 6, pushes: 32, rescues: 32, bias: 1.0 };
     anneal(&mut board.whole(problem), free, kept, schedule, &mut Rng::of(options.seed, 2 << 40));
 }
