@@ -14,11 +14,11 @@ fn main() -> Result<(), Failure> {
     let losses = events_and_shifts(Options::read()?.number("--seed", 1)?)?;
     println!("{}", losses.plot);
     println!("mean loss over all levels and steps; in brackets relative to the last value");
-    println!("{:24} {:>18} {:>26} {:>26}", "", PARTS[0], PARTS[1], PARTS[2]);
+    println!("{:24} {:>18} {:>26} {:>26} {:>22}", "", PARTS[0], PARTS[1], PARTS[2], PARTS[3]);
     for (k, name) in FORECASTERS.iter().enumerate() {
         let cell =
             |part: usize| format!("{:.2} ({:.2})", losses.mean[part][k], losses.mean[part][k] / losses.mean[part][0]);
-        println!("{name:24} {:>18} {:>26} {:>26}", cell(0), cell(1), cell(2));
+        println!("{name:24} {:>18} {:>26} {:>26} {:>22}", cell(0), cell(1), cell(2), cell(3));
     }
     println!("changes found: {}; fits: {}", losses.changes, losses.fits);
     Ok(())

@@ -102,12 +102,12 @@ fn world(seed: u64) -> World {
 /// Who forecasts in [`events_and_shifts`]. Both naive forecasters have the quantiles of their own errors.
 pub const FORECASTERS: [&str; 4] = ["last value", "seasonal naive", "hybrid, events untold", "hybrid, events told"];
 /// What is told apart there.
-pub const PARTS: [&str; 3] = ["all of 7 days", "events yet to begin", "the day after the shift"];
+pub const PARTS: [&str; 4] = ["all of 7 days", "events yet to begin", "the day after the shift", "its first two hours"];
 
 /// Mean losses over all levels and steps.
 pub struct EventLosses {
     /// `[part][forecaster]`.
-    pub mean: [[f64; 4]; 3],
+    pub mean: [[f64; 4]; 4],
     /// An event that was scheduled and had not begun.
     pub plot: String,
     pub changes: u64,
@@ -125,8 +125,8 @@ pub fn events_and_shifts(seed: u64) -> Result<EventLosses, Failure> {
         hybrid.preload(y[..TRAIN].iter().map(|&v| Some(v)));
         hybrid.learn();
     }
-    let mut sums = [[0.0f64; 4]; 3];
-    let mut counts = [0.0f64; 3];
+    let mut sums = [[0.0f64; 4]; 4];
+    let mut counts = [0.0f64; 4];
     let mut drawn = String::new();
     for t in TRAIN..y.len() - HORIZON {
         for hybrid in [&mut informed, &mut ignorant] {
@@ -140,8 +140,9 @@ pub fn events_and_shifts(seed: u64) -> Result<EventLosses, Failure> {
             let loss = |q: &[f64]| LEVELS.iter().zip(q).map(|(&l, &v)| pinball(l, v, y[target as usize])).sum::<f64>();
             let all = [&naive[0][step], &naive[1][step], untold, told];
             let covers = |e: &Event| e.start > t as u64 && (e.start..e.start + u64::from(e.length)).contains(&target);
-            let shifted = (world.shift..world.shift + SEASON).contains(&t);
-            for (part, wanted) in [true, world.events.iter().any(covers), shifted].into_iter().enumerate() {
+            let shifted = |samples: usize| (world.shift..world.shift + samples).contains(&t);
+            let parts = [true, world.events.iter().any(covers), shifted(SEASON), shifted(SEASON / 12)];
+            for (part, wanted) in parts.into_iter().enumerate() {
                 if wanted {
                     counts[part] += 1.0;
                     sums[part].iter_mut().zip(all).for_each(|(sum, q)| *sum += loss(q));

@@ -104,8 +104,9 @@ impl Experts {
     /// All forecasts after `origin`, the newest sample that they were advanced to.
     pub fn panel(&self, history: &History, origin: usize) -> Panel {
         let rows = self.view.rows(history, origin);
-        let linear = self.linear.medians(&rows);
-        let input = Input { history, origin, view: &self.view, rows: &rows, linear: &linear };
+        let inputs = self.linear.inputs(&rows);
+        let linear = self.linear.medians(&inputs);
+        let input = Input { history, origin, view: &self.view, rows: &rows, inputs: &inputs, linear: &linear };
         let forecast = |model: &dyn Model| {
             let mut out = vec![[0.0; LEVEL_COUNT]; self.horizon];
             model.forecast(&input, &mut out);

@@ -14,7 +14,7 @@ const HOURLY: usize = 2;
 /// Features that are quantities.
 const QUANTITIES: usize = ROW_FEATURES - column::CATEGORIES;
 /// Inputs of the regression: quantities, harmonics and a constant.
-pub(super) const INPUTS: usize = QUANTITIES + 2 * (DAILY + HOURLY) + 1;
+pub const INPUTS: usize = QUANTITIES + 2 * (DAILY + HOURLY) + 1;
 /// Standardised inputs are clipped here, so that no outlier pulls a forecast out of the world.
 const CLIP: f64 = 6.0;
 /// Rounds of reweighting towards the least absolute error.
@@ -25,7 +25,8 @@ const SCALE_RIDGE: f64 = 2e-2;
 /// Fewer rows than this teach nothing.
 const LEAST_ROWS: usize = 2 * INPUTS;
 
-pub(super) type Inputs = [f64; INPUTS];
+/// What it sees of a row.
+pub type Inputs = [f64; INPUTS];
 
 #[derive(Debug, Clone)]
 struct Step {
@@ -49,9 +50,15 @@ impl Linear {
         Self { horizon, centre: [0.0; INPUTS], width: [1.0; INPUTS], steps: Vec::new() }
     }
 
-    /// Medians a step for the rows of one origin, in units of the view and relative to the newest value.
-    pub fn medians(&self, rows: &[Row]) -> Vec<f32> {
-        rows.iter().enumerate().map(|(step, row)| self.median(row, step)).collect()
+    /// What it sees of the rows of one origin.
+    pub fn inputs(&self, rows: &[Row]) -> Vec<Inputs> {
+        rows.iter().map(|row| self.standardised(&raw(row))).collect()
+    }
+
+    /// Medians a step for one origin, in units of the view and relative to the newest value.
+    pub fn medians(&self, inputs: &[Inputs]) -> Vec<f32> {
+        let median = |(step, x): (usize, &Inputs)| self.steps.get(step).map_or(0.0, |s| dot(&s.location, x) as f32);
+        inputs.iter().enumerate().map(median).collect()
     }
 
     /// The median `step` (0-based) steps ahead.
@@ -112,10 +119,9 @@ impl Model for Linear {
     fn forecast(&self, input: &Input, out: &mut [Quantiles]) {
         let last = input.history.values()[input.origin];
         out.fill([last; LEVELS.len()]);
-        for ((out, step), row) in out.iter_mut().zip(&self.steps).zip(input.rows) {
-            let x = self.standardised(&raw(row));
-            let median = dot(&step.location, &x);
-            let scale = dot(&step.scale, &x).clamp(step.scale_bounds.0, step.scale_bounds.1).exp();
+        for ((out, step), x) in out.iter_mut().zip(&self.steps).zip(input.inputs) {
+            let median = dot(&step.location, x);
+            let scale = dot(&step.scale, x).clamp(step.scale_bounds.0, step.scale_bounds.1).exp();
             *out = step.residuals.map(|r| last + input.view.scale.unit * (median + scale * r));
         }
     }

@@ -20,6 +20,8 @@ pub struct Input<'a> {
     pub view: &'a View,
     /// One row a step ahead.
     pub rows: &'a [Row],
+    /// What the linear model sees of them.
+    pub inputs: &'a [linear::Inputs],
     /// The linear model's median a step ahead, in units of the view and relative to the newest value.
     pub linear: &'a [f32],
 }

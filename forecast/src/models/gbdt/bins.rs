@@ -7,8 +7,10 @@ use crate::features::{ORIGIN_FEATURES, ROW_FEATURES, Row};
 /// Classes a feature, class 0 (unknown) included.
 pub const BINS: usize = 64;
 
-/// One row, binned.
-pub type BinnedRow = [u8; ROW_FEATURES];
+/// Rows of a block.
+pub const LANES: usize = 16;
+/// Binned rows side by side, `[feature][row]`: all are compared with a bound at once.
+pub type Block = [[i16; LANES]; ROW_FEATURES];
 
 /// Upper bounds of each feature's classes 1, 2, ...
 #[derive(Debug, Clone, Default)]
@@ -37,18 +39,26 @@ impl Bins {
     }
 
     /// The rows of one origin, binned: its own features are the same in all.
-    pub fn rows(&self, rows: &[Row]) -> Vec<BinnedRow> {
-        let mut binned = [0; ROW_FEATURES];
-        let mut from = 0;
-        rows.iter()
-            .map(|row| {
-                for ((out, &value), bounds) in binned.iter_mut().zip(row).zip(&self.bounds).skip(from) {
-                    *out = class(bounds, value);
+    pub fn blocks(&self, rows: &[Row]) -> Vec<Block> {
+        let mut origin = [0; ORIGIN_FEATURES];
+        if let Some(row) = rows.first() {
+            for ((out, &value), bounds) in origin.iter_mut().zip(row).zip(&self.bounds) {
+                *out = i16::from(class(bounds, value));
+            }
+        }
+        let block = |rows: &[Row]| {
+            let mut block = [[0; LANES]; ROW_FEATURES];
+            for (column, class) in block.iter_mut().zip(origin) {
+                *column = [class; LANES];
+            }
+            for (feature, (column, bounds)) in block.iter_mut().zip(&self.bounds).enumerate().skip(ORIGIN_FEATURES) {
+                for (out, row) in column.iter_mut().zip(rows) {
+                    *out = i16::from(class(bounds, row[feature]));
                 }
-                from = ORIGIN_FEATURES;
-                binned
-            })
-            .collect()
+            }
+            block
+        };
+        rows.chunks(LANES).map(block).collect()
     }
 
     /// All rows, a column a feature.

@@ -1,6 +1,6 @@
 //! Boosting of trees with one value a level in every leaf.
 
-use super::bins::BinnedRow;
+use super::bins::{Block, LANES};
 use super::tree::{Cell, Grower, Leaf, Tree};
 use crate::codec::{Reader, Writer};
 use crate::error::DecodeError;
@@ -48,15 +48,12 @@ pub struct Booster {
 }
 
 impl Booster {
-    /// Values of all levels for binned rows, one of each group. Tree by tree, each of which is then read once.
-    pub fn predict(&self, rows: &[BinnedRow]) -> Vec<Leaf> {
-        let mut sums: Vec<Leaf> = (0..rows.len()).map(|g| self.start.get(g).copied().unwrap_or_default()).collect();
-        for tree in &self.trees {
-            for (sum, row) in sums.iter_mut().zip(rows) {
-                for (s, v) in sum.iter_mut().zip(tree.value(row)) {
-                    *s += v;
-                }
-            }
+    /// Values of all levels for `count` binned rows, one of each group, in blocks. Tree by tree, each of which is then
+    /// read once a block.
+    pub fn predict(&self, blocks: &[Block], count: usize) -> Vec<Leaf> {
+        let mut sums: Vec<Leaf> = (0..count).map(|g| self.start.get(g).copied().unwrap_or_default()).collect();
+        for (sums, rows) in sums.chunks_mut(LANES).zip(blocks) {
+            self.trees.iter().for_each(|tree| tree.add_to(sums, rows));
         }
         sums
     }
@@ -137,11 +134,9 @@ impl Boosting {
             self.useful.iter().copied().filter(|_| self.random.unit() < params.feature_share).collect();
         let grower = Grower { columns: &self.columns, gradients: &self.gradients, features: &features, params };
         let grown = grower.grow(&mut rows);
-        let leaves = grown.ranges.into_iter();
-        let leaves = leaves.map(|r| leaf_values(&rows[r], &self.targets, &self.predicted, params.rate)).collect();
-        let tree = Tree { nodes: grown.nodes, leaves };
+        let tree = grown.with_leaves(|r| leaf_values(&rows[r], &self.targets, &self.predicted, params.rate));
         for (row, predicted) in self.predicted.iter_mut().enumerate() {
-            let leaf = &tree.leaves[tree.leaf_of(|f| self.columns[f][row])];
+            let leaf = tree.leaf_of(|f| self.columns[f][row]);
             for (p, v) in predicted.iter_mut().zip(leaf) {
                 *p += v;
             }

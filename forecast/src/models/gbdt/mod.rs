@@ -115,7 +115,7 @@ impl Model for Gbdt {
         if self.units.is_empty() {
             return;
         }
-        let predicted = self.booster.predict(&self.bins.rows(input.rows));
+        let predicted = self.booster.predict(&self.bins.blocks(input.rows), input.rows.len());
         for (step, ((out, &unit), values)) in out.iter_mut().zip(&self.units).zip(predicted).enumerate() {
             let base = match self.base {
                 Base::Last => 0.0,
