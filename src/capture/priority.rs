@@ -3,7 +3,7 @@
 //! as others do, and pauses are longer on a busy host.
 //!
 //! QEMU's thread is preferred for the time of a cut only, by the guard, which outlives an agent that stopped or died
-//! ([`super::guard`]). SCHED_RESET_ON_FORK keeps what the thread starts at the usual priority, and tells the policy we set
+//! ([`super::guard`]); and while a promoted shadow loads its state, by the agent, whose successor takes it back. SCHED_RESET_ON_FORK keeps what the thread starts at the usual priority, and tells the policy we set
 //! from one that an operator set.
 
 use std::io;
@@ -30,6 +30,28 @@ pub fn prefer(tid: libc::pid_t) {
 pub fn usual(tid: libc::pid_t) {
     if policy(tid) == Some(OURS) {
         let _ = set(tid, libc::SCHED_OTHER, 0);
+    }
+}
+
+/// A thread that is preferred as long as this lives.
+#[derive(Debug)]
+pub struct Preferred(libc::pid_t);
+
+impl Preferred {
+    pub fn thread(tid: libc::pid_t) -> Self {
+        prefer(tid);
+        Self(tid)
+    }
+
+    pub fn this_thread() -> Self {
+        // SAFETY: no arguments.
+        Self::thread(unsafe { libc::gettid() })
+    }
+}
+
+impl Drop for Preferred {
+    fn drop(&mut self) {
+        usual(self.0);
     }
 }
 

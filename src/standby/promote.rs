@@ -19,6 +19,7 @@ use super::feed;
 use super::image::Image;
 use super::record::{self, Phase, Record};
 use super::shadow::{Adopted, Shadow, WAITING};
+use crate::capture::priority::{self, Preferred};
 use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml, with_disk_files};
 use crate::hypervisor::{self, Domain, DomainState, Hypervisor, HypervisorError, XmlKind};
 
@@ -114,6 +115,8 @@ impl Shadow {
         self.record.phase = Phase::Promoting;
         self.write_record()?;
         let Self { domain, record, run_dir, image, feed, interfaces, .. } = self;
+        // The guest stands still until QEMU has loaded: other work of this host waits.
+        let _hurry = (Preferred::thread(record.process.pid), Preferred::this_thread());
 
         let mut watch = LoadWatch::new(Arc::clone(hypervisor), domain, record, began);
         let sent = feed.send(&stream);
@@ -128,6 +131,7 @@ impl Shadow {
 /// Brings to an end what an agent that died left half done: a shadow whose record says that it was being promoted.
 pub(super) fn complete(hypervisor: &Arc<Hypervisor>, mut record: Record, run_dir: &Path) -> Result<Adopted> {
     let began = Instant::now();
+    priority::usual(record.process.pid);
     let give_up = |reason: &str| {
         tracing::error!(guest = record.name, reason, "the promotion that was under way has failed");
         Shadow::clear_away(hypervisor, &record.uuid, run_dir).map(|()| Adopted::None)

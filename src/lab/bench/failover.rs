@@ -1,8 +1,10 @@
 //! How long a guest and its clients miss each other when its QEMU dies, its host loses power, or it is moved.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Bench, Row, percentile};
+use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, Lifecycle};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::{ClientWatch, Lab, StartedGuest};
@@ -29,6 +31,40 @@ fn stage(bench: &Bench) -> Result<Stage> {
     fleet.enable(GUEST, "host1", 2, INTERVAL)?;
     fleet.wait_protected(GUEST, PROTECTED_WITHIN)?;
     Ok(Stage { lab, fleet, guest, client })
+}
+
+/// When libvirt on any host said that the guest was started, by an event, as a client of libvirt sees it.
+struct Starts {
+    seen: Arc<Mutex<Vec<(String, Instant)>>>,
+    _connections: Vec<Arc<Hypervisor>>,
+}
+
+impl Starts {
+    fn watch(lab: &Lab, hosts: impl Iterator<Item = String>) -> Result<Self> {
+        let failed = |error: HypervisorError| LabError::Product(format!("libvirt's events: {error}"));
+        let seen: Arc<Mutex<Vec<(String, Instant)>>> = Arc::default();
+        let connect = |host: String| {
+            let connection = Hypervisor::connect(&lab.libvirt_uri(&host)).map_err(failed)?;
+            let sink = Arc::clone(&seen);
+            let note = move |event: HypervisorEvent| {
+                if let HypervisorEvent::Lifecycle { name, event: Lifecycle::Resumed(_), .. } = event
+                    && name == GUEST
+                {
+                    sink.lock().unwrap_or_else(PoisonError::into_inner).push((host.clone(), Instant::now()));
+                }
+            };
+            connection.subscribe(Arc::new(note)).map_err(failed)?;
+            Ok(connection)
+        };
+        let _connections = hosts.map(connect).collect::<Result<_>>()?;
+        Ok(Self { seen, _connections })
+    }
+
+    /// The first start after `moment` on a host other than `old`.
+    fn first_after(&self, moment: Instant, old: &str) -> Option<Instant> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.iter().filter(|(host, at)| host != old && *at > moment).map(|(_, at)| *at).min()
+    }
 }
 
 /// Kills the guest's QEMU; the moment, by this process's clock and by the wall's, as the shell that kills tells it.
@@ -65,6 +101,7 @@ impl Stage {
 pub(super) fn run(bench: &Bench, rounds: u32) -> Result<()> {
     let stage = stage(bench)?;
     bench.say(&format!("{rounds} times SIGKILL of the primary's QEMU"))?;
+    let starts = Starts::watch(&stage.lab, (1..=HOSTS).map(|number| format!("host{number}")))?;
     let (mut running, mut decided, mut answers, mut lost) = (vec![], vec![], vec![], vec![]);
     for _ in 0..rounds {
         let view = stage.fleet.wait_protected(GUEST, PROTECTED_WITHIN)?;
@@ -72,10 +109,13 @@ pub(super) fn run(bench: &Bench, rounds: u32) -> Result<()> {
         let (at, at_ms) = kill_qemu(&stage.lab, &view.primary.host)?;
         answers.push(stage.answer_ms(at + Duration::from_millis(5))?);
         let promotion = stage.fleet.wait_promotion(GUEST, at_ms as u64, Duration::from_secs(5))?;
-        running.push((promotion.at_ms as f64 - at_ms).max(0.0));
+        let started = starts.first_after(at, &view.primary.host);
+        let started = started.ok_or_else(|| LabError::Product("libvirt told of no start".into()))?;
+        running.push((started - at).as_secs_f64() * 1e3);
         decided.push(promotion.took_us as f64 / 1e3);
         lost.push(promotion.epochs_lost as f64);
     }
+    drop(starts);
     stage.check_guest()?;
     bench.print(&Row::new("SIGKILL of QEMU to running shadow, p50", percentile(&running, 50), "ms").at_most(30.0));
     bench.print(&Row::new("SIGKILL of QEMU to running shadow, max", percentile(&running, 100), "ms"));
