@@ -88,7 +88,7 @@ fn orders_that_cannot_be_carried_out_are_refused_with_reason_and_remedy() {
         if status == 200 { Ok(answer) } else { Err(format!("{status} {answer}")) }
     };
     refused(fleet.enable(GUEST, "host1", 9, INTERVAL), &["9 shadows"]);
-    refused(fleet.enable(GUEST, "host1", 3, INTERVAL), &["3 shadows wanted", "2 possible", "3 racks", "remedy"]);
+    refused(fleet.enable(GUEST, "host1", 3, INTERVAL), &["3 shadows wanted", "2 possible", "rack", "remedy"]);
     refused(fleet.enable(GUEST, "host1", 1, Duration::ZERO), &["interval of 0 ms"]);
     refused(enable(serde_json::json!({"domain": GUEST, "on": ["moon"], "shadows": 2})), &["moon", "unknown"]);
     let itself = serde_json::json!({"domain": GUEST, "on": ["host1"], "shadows": 2});
@@ -254,7 +254,7 @@ fn garbage_on_every_socket_ends_its_own_connection_only() {
     let heartbeat = Heartbeat { seq: 1, memory_total_mib: 64, memory_free_mib: 64, ..Heartbeat::default() };
     stranger.send(&ToManager::Heartbeat(heartbeat));
     bed.fleet.wait_hosts(4, Duration::from_secs(5)).unwrap();
-    refused(bed.fleet.enable(GUEST, "host1", 3, INTERVAL), &["3 shadows wanted", "no memory", "host9 has 64"]);
+    refused(bed.fleet.enable(GUEST, "host1", 3, INTERVAL), &["3 shadows wanted", "without the memory (host9)", "remedy"]);
     stranger.0.write_all(&noise(100)).unwrap();
     drop(stranger);
 
