@@ -291,18 +291,21 @@ impl Slot {
         effects: &mut Vec<TargetEffect>,
         events: &mut VecDeque<TargetEvent>,
     ) {
-        for effect in effects.drain(..) {
+        let mut due = std::mem::take(effects).into_iter();
+        while let Some(effect) = due.next() {
             if let Err(error) = self.perform_one(inner, effect, events) {
                 tracing::error!(guest = self.domain, error, "the shadow's image is given up");
                 inner.problem = error;
                 self.destroy_image(inner);
                 events.clear();
                 events.push_back(TargetEvent::ImageLost);
-                // What was to follow relied on what failed.
-                break;
+                // What was to follow relied on what failed; but who waits for an image is told that none comes.
+                if due.any(|effect| matches!(effect, TargetEffect::Prepare { .. })) {
+                    events.push_back(TargetEvent::PrepareDone { result: Err(inner.problem.clone()) });
+                }
+                return;
             }
         }
-        effects.clear();
     }
 
     fn perform_one(

@@ -231,9 +231,13 @@ impl World {
         }
         n.image.pages = None;
         n.promised = None;
+        let waits = n.effects.iter().any(|effect| matches!(effect, TargetEffect::Prepare { .. }));
         n.effects.clear();
         n.answers.clear();
         n.answers.push_back(TargetEvent::ImageLost);
+        if waits {
+            n.answers.push_back(TargetEvent::PrepareDone { result: Err("no room".into()) });
+        }
     }
 
     /// The next effect that is due; once there is none, answers lead to new ones.
