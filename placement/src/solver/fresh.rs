@@ -107,7 +107,11 @@ fn together(
     let soft = price_of_a_shadow(problem, board);
     let start = board.snapshot();
     let short = many_out(board, free);
-    let pushes = if short { 200 } else { 64 };
+    let pushes = match n {
+        _ if short => 200,
+        0..=TINY => 128,
+        _ => 64,
+    };
     let fine = Schedule { moves, hot: soft, cold: 0.01 * soft, tries: 6, pushes, rescues: 32, bias: 1.0 };
     let hard = free.iter().map(|&id| View::left_out(&problem.shadows[id as usize])).sum::<i64>() / free.len() as i64;
     let bold = Schedule { moves: moves * 3 / 10, hot: (0.2 * hard as f64).max(soft), cold: soft, bias: 0.0, ..fine };
