@@ -254,7 +254,10 @@ fn garbage_on_every_socket_ends_its_own_connection_only() {
     let heartbeat = Heartbeat { seq: 1, memory_total_mib: 64, memory_free_mib: 64, ..Heartbeat::default() };
     stranger.send(&ToManager::Heartbeat(heartbeat));
     bed.fleet.wait_hosts(4, Duration::from_secs(5)).unwrap();
-    refused(bed.fleet.enable(GUEST, "host1", 3, INTERVAL), &["3 shadows wanted", "without the memory (host9)", "remedy"]);
+    refused(
+        bed.fleet.enable(GUEST, "host1", 3, INTERVAL),
+        &["3 shadows wanted", "without the memory (host9)", "remedy"],
+    );
     stranger.0.write_all(&noise(100)).unwrap();
     drop(stranger);
 

@@ -65,7 +65,7 @@ mod tests {
         (0..50).for_each(|_| on_demand.cut(us(1_000), us(5_000)));
         assert!(on_demand.spacing() > us(4_900) && on_demand.spacing() <= us(5_000), "{:?}", on_demand.spacing());
         (0..50).for_each(|_| on_demand.cut(us(1_000), Duration::from_secs(9)));
-        assert_eq!(on_demand.spacing(), LONGEST);
+        assert!(on_demand.spacing() > us(19_900) && on_demand.spacing() <= LONGEST, "{:?}", on_demand.spacing());
         (0..50).for_each(|_| on_demand.cut(us(1_000), us(100)));
         assert_eq!(on_demand.spacing(), SHORTEST);
     }
