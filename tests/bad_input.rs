@@ -92,7 +92,7 @@ fn orders_that_cannot_be_carried_out_are_refused_with_reason_and_remedy() {
     refused(fleet.enable(GUEST, "host1", 1, Duration::ZERO), &["interval of 0 ms"]);
     refused(enable(serde_json::json!({"domain": GUEST, "on": ["moon"], "shadows": 2})), &["moon", "unknown"]);
     let itself = serde_json::json!({"domain": GUEST, "on": ["host1"], "shadows": 2});
-    refused(enable(itself), &["host1", "the primary itself"]);
+    refused(enable(itself), &["host1", "in the primary's rack", "--on"]);
     refused(enable(serde_json::json!({"domain": GUEST, "shadow": 2})), &["400", "shadow"]);
     refused(enable(serde_json::json!(["busy"])), &["400"]);
 

@@ -449,7 +449,7 @@ pub(super) mod tests {
             ShadowEpochs { host: "host3".into(), problem: "it is silent".into(), epochs: Vec::new() },
         ];
         let expected = " Shadow   Epoch   Term   Age     Size
--------------------------------------------
+-----------------------------------------
  host2    8       2      0.1 s   -
  host2    7       2      0.1 s   4.9 KiB
  host3: it is silent
