@@ -209,6 +209,7 @@ impl Committer {
             }
         }
         let needs = if available { needed.min(following.max(1)) } else { needed };
+        let mut closed = false;
         let committed = |epoch: Epoch| peers.iter().filter(|peer| peer.committed >= Some(epoch)).count();
         if let Mode::Open(cause) = &self.mode {
             // What was cut since the gate opened has its commits: they come as they should.
@@ -221,11 +222,12 @@ impl Committer {
             }
             self.cuts.clear();
             self.mode = Mode::Holding;
+            closed = true;
             effects.extend([Effect::Hold, Effect::Closed]);
         }
         // With none left it opens in a moment, and says that.
         if following > 0 || !available {
-            self.tell_quorum(following, needed, effects);
+            self.tell_quorum(following, needed, closed, effects);
         }
         let mut release = None;
         while let Some((epoch, mark)) = self.cuts.front().copied()
@@ -240,9 +242,11 @@ impl Committer {
         }
     }
 
-    fn tell_quorum(&mut self, following: usize, needed: usize, effects: &mut Vec<Effect>) {
+    /// `closed`: the operator has just been told that output waits; that it waits for less than the quorum, if so, was told
+    /// before the gate opened, and is told again.
+    fn tell_quorum(&mut self, following: usize, needed: usize, closed: bool, effects: &mut Vec<Effect>) {
         let short = (following < needed).then_some((following, needed));
-        if short != self.short {
+        if short != self.short || closed && short.is_some() {
             effects.push(Effect::Quorum { following: following.min(needed), needed });
         }
         self.short = short;
@@ -334,6 +338,18 @@ mod tests {
             waited.push(case.now_ms - opened_ms);
         }
         assert_eq!(waited, [1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
+    }
+
+    #[test]
+    fn a_quorum_that_is_short_is_told_again_when_it_closes() {
+        let mut case = Case::new(Quorum::All, OnLoss::Availability);
+        let short = Effect::Quorum { following: 1, needed: 2 };
+        assert_eq!(case.look(0, &[peer("a", 1), peer("b", 1)]), [Effect::Hold, Effect::Closed]);
+        assert_eq!(case.look(1, &[away("a", 1), peer("b", 1)]), [short.clone()]);
+        case.committer.gate_opened(Duration::from_millis(2), &mut Vec::new());
+        case.cut(2);
+        assert_eq!(case.look(999, &[peer("a", 1), peer("b", 2)]), []);
+        assert_eq!(case.look(10, &[away("a", 1), peer("b", 2)]), [Effect::Hold, Effect::Closed, short]);
     }
 
     #[test]
