@@ -29,11 +29,15 @@ impl<Part, Done> Default for Crew<Part, Done> {
 #[error("a thread that works for the cut has ended")]
 pub struct Lost;
 
-/// How many threads, this one included, a job of `bytes` is worth, if each is to have `least_bytes` or more.
+/// How many threads a job of `bytes` is worth, if each is to have `least_bytes` or more.
+pub fn worth(bytes: u64, least_bytes: u64) -> usize {
+    usize::try_from(bytes / least_bytes).unwrap_or(usize::MAX).max(1)
+}
+
+/// The same, as far as this host has processors. Not while a guest stands still: their number is read from files.
 pub fn hands_for(bytes: u64, least_bytes: u64) -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let worth = usize::try_from(bytes / least_bytes).unwrap_or(usize::MAX);
-    worth.clamp(1, processors.min(CREW_MAX))
+    worth(bytes, least_bytes).min(processors.min(CREW_MAX))
 }
 
 impl<Part: Send + 'static, Done: Send + 'static> Crew<Part, Done> {

@@ -33,6 +33,7 @@ use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
 use super::tracker::{LiveReads, Tracker, TrackerError};
 use crate::disk::DiskProblem;
+use crate::disk::line::waiting_bytes;
 
 /// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
 pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
@@ -147,12 +148,7 @@ impl StatePipe {
 
     /// Bytes that wait to be read.
     fn filled(&self) -> io::Result<usize> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: FIONREAD writes one int, which is alive for the call.
-        match unsafe { libc::ioctl(self.read_end.as_raw_fd(), libc::FIONREAD, &mut bytes) } {
-            0 => Ok(bytes as usize),
-            _ => Err(io::Error::last_os_error()),
-        }
+        waiting_bytes(&self.read_end)
     }
 
     /// Room for all of a usual state: QEMU need not wait for us page by page once we have what we stopped it for.
@@ -204,7 +200,7 @@ fn copy_pages(
     pages: &PageSet,
     spare: PageBatch,
 ) -> Result<Vec<PageBatch>, CutError> {
-    let hands = crew::hands_for(pages.len() * PAGE_SIZE as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
+    let hands = crew::worth(pages.len() * PAGE_SIZE as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
     if hands == 1 {
         return Ok(vec![memory.read(pages.iter(), spare)?]);
     }
@@ -304,7 +300,7 @@ impl Cutter {
         let (mut parts, mut extra_pages) = (Vec::new(), PageBatch::new());
         let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
         let (at_stop, mut mark) = (self.at_stop.clone(), None);
-        // Found before the guest stops: what it dirtied in the cut before is what it will have dirtied in this one.
+        // Room for the pages is made before the guest stops, for about as many as last time.
         let mut spare = PageBatch::with_capacity(self.pages_hint);
         let mut copiers = std::mem::take(&mut self.copiers);
         let outcome = self.stopped(|tracker, carried, let_qemu_go_on| {

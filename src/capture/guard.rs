@@ -17,21 +17,17 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::inject::Target;
-use super::priority;
+use super::{companion, priority};
 use crate::disk::line::{LOOK_EVERY, Line};
+use crate::hypervisor::process::pidfd_open;
 
-/// The descriptor the guard finds its socket at.
-const GUARD_SOCKET_FD: RawFd = 3;
 /// An injection takes about half a millisecond; one that takes this long is ended.
 const INJECT_WITHIN: Duration = Duration::from_millis(1_500);
 /// The guard answers at once; an agent that waits this long replaces it.
@@ -64,6 +60,14 @@ struct Inner {
     next_slot: u32,
 }
 
+impl Inner {
+    fn new_slot(&mut self) -> u32 {
+        let slot = self.next_slot;
+        self.next_slot = slot.wrapping_add(1);
+        slot
+    }
+}
+
 /// What an injection brought.
 #[derive(Debug)]
 pub enum Injected {
@@ -85,35 +89,14 @@ impl Guard {
         Self::start_program(Command::new("/proc/self/exe"))
     }
 
-    pub fn start_program(mut command: Command) -> Result<Self, GuardError> {
-        let start = |e: nix::Error| GuardError::Start(e.into());
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(start)?;
-        nix::sys::socket::setsockopt(
-            &ours,
-            nix::sys::socket::sockopt::ReceiveTimeout,
-            &nix::sys::time::TimeVal::new(ANSWER_WITHIN.as_secs() as _, ANSWER_WITHIN.subsec_micros() as _),
-        )
-        .map_err(start)?;
-        let theirs_raw = theirs.as_raw_fd();
-        command.arg("guard");
-        // A group of its own: Ctrl-C in a terminal reaches the agent first, which then ends the guard in order.
-        command.process_group(0);
-        // SAFETY: only async-signal-safe calls between fork and exec.
-        unsafe {
-            command.pre_exec(move || {
-                if theirs_raw == GUARD_SOCKET_FD {
-                    if libc::fcntl(GUARD_SOCKET_FD, libc::F_SETFD, 0) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                } else if libc::dup2(theirs_raw, GUARD_SOCKET_FD) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
-        let child = command.spawn().map_err(GuardError::Start)?;
-        Ok(Self { inner: Mutex::new(Inner { socket: ours, child, next_slot: 0 }) })
+    pub fn start_program(command: Command) -> Result<Self, GuardError> {
+        let (socket, child) = companion::start(command, "guard").map_err(GuardError::Start)?;
+        let inner = Inner { socket, child, next_slot: 0 };
+        let within = nix::sys::time::TimeVal::new(ANSWER_WITHIN.as_secs() as _, ANSWER_WITHIN.subsec_micros() as _);
+        let guard = Self { inner: Mutex::new(inner) };
+        nix::sys::socket::setsockopt(&guard.lock().socket, nix::sys::socket::sockopt::ReceiveTimeout, &within)
+            .map_err(|error| GuardError::Start(error.into()))?;
+        Ok(guard)
     }
 
     /// Whether the guard process still runs.
@@ -129,8 +112,7 @@ impl Guard {
     /// Gives the guard a copy of the read end of a pipe that QEMU's process `pid` writes to.
     pub fn watch(&self, read_end: BorrowedFd, pid: i32) -> Result<Slot, GuardError> {
         let mut inner = self.lock();
-        let slot = inner.next_slot;
-        inner.next_slot = inner.next_slot.wrapping_add(1);
+        let slot = inner.new_slot();
         send(&inner.socket, Message::new(Op::Watch, slot, i64::from(pid)), Some(read_end)).map_err(GuardError::Lost)?;
         Ok(Slot(slot))
     }
@@ -138,8 +120,7 @@ impl Guard {
     /// Has a disk's connection watched, and shut down if it does not get on; see [`crate::disk::line`].
     pub fn watch_line(&self, socket: impl AsFd, progress: impl AsFd) -> Result<Slot, GuardError> {
         let mut inner = self.lock();
-        let slot = inner.next_slot;
-        inner.next_slot = inner.next_slot.wrapping_add(1);
+        let slot = inner.new_slot();
         let tell = |op, fd: BorrowedFd| send(&inner.socket, Message::new(op, slot, 0), Some(fd));
         tell(Op::WatchProgress, progress.as_fd()).map_err(GuardError::Lost)?;
         tell(Op::WatchLine, socket.as_fd()).map_err(GuardError::Lost)?;
@@ -296,11 +277,7 @@ struct Writer {
 
 impl Writer {
     fn new(pid: libc::pid_t) -> Self {
-        // SAFETY: integers only; the descriptor is new and nobody else's.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        // SAFETY: as above.
-        let process = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
-        let writer = Self { pid, process };
+        let writer = Self { pid, process: pidfd_open(pid, 0).ok() };
         // An agent that died in the middle of a cut together with its guard.
         writer.usual();
         writer
@@ -377,12 +354,9 @@ impl Watched {
 
 /// `virtshadowd guard`: runs until the agent's socket closes.
 pub fn main() -> ! {
-    // SAFETY: the agent passed its socket as this descriptor; nothing else in this process uses it.
-    let socket = unsafe { OwnedFd::from_raw_fd(GUARD_SOCKET_FD) };
-    // SAFETY: prctl with integers only; a name for `ps`. The guard must also not outlive a kill of its agent for
-    // long, but it is the closing of the socket, not a signal, that tells it: it may be in the middle of a release.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"virtshadow-grd".as_ptr()) };
-    let _ = nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    // The guard must not outlive a kill of its agent for long, but it is the closing of the socket, not a signal, that tells
+    // it: it may be in the middle of a release.
+    let socket = companion::socket(c"virtshadow-grd");
     priority::hurry();
     let code = match serve(&socket) {
         Ok(()) => 0,

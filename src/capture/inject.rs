@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use libc::{c_int, c_long, c_void, pid_t, user_fpregs_struct, user_regs_struct};
 
+use crate::hypervisor::process::pidfd_open;
+
 /// How long a thread may take to be found in a system call, and to come back from ours.
 const ATTEMPTS_FOR: Duration = Duration::from_millis(400);
 const STOP_WITHIN: Duration = Duration::from_millis(100);
@@ -87,13 +89,7 @@ impl Target {
         if status.lines().any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")) {
             return Err(InjectError::ShadowStack { pid });
         }
-        // SAFETY: pidfd_open takes no pointers; the result is checked before it becomes an owned descriptor.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        if fd < 0 {
-            return Err(os(pid, "pidfd_open")(io::Error::last_os_error()));
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as c_int) };
+        let pidfd = pidfd_open(pid, 0).map_err(os(pid, "pidfd_open"))?;
         let memory = fs::File::options()
             .read(true)
             .write(true)

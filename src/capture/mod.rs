@@ -1,6 +1,7 @@
 //! The primary's side: which pages changed, the cut, and the reading of guest memory.
 
 pub mod attach;
+pub mod companion;
 mod crew;
 pub mod cutter;
 pub mod guard;

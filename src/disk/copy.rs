@@ -6,9 +6,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use vmsync::page_set::{OutsideLayout, PageSet};
 use vmsync::units::{BlockIndex, PAGE_SIZE, PAGE_SIZE_U64};
+
+use super::hole;
 
 /// Written pages that are listed; more than these are found by looking through the bitmap.
 const LISTED_MAX: usize = 1 << 16;
@@ -63,10 +64,7 @@ impl DiskCopy {
 
     /// Makes a range zero; whole pages of it become a hole.
     pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        let as_offset = |value: u64| i64::try_from(value).map_err(io::Error::other);
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        if len > 0 && fallocate(&self.file, mode, as_offset(offset)?, as_offset(len)?).is_err() {
-            // Not every file system can; zeros do as well.
+        if len > 0 && hole::punch(&self.file, offset, len).is_err() {
             let mut at = offset;
             while at < offset + len {
                 let part = (offset + len - at).min(ZEROS.len() as u64);

@@ -48,10 +48,11 @@ impl Line {
     }
 }
 
-fn waiting_bytes(socket: &UnixStream) -> io::Result<usize> {
+/// Bytes that wait to be read from a socket or pipe.
+pub fn waiting_bytes(end: &impl AsRawFd) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: FIONREAD writes one int, which is alive for the call.
-    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut bytes) } {
+    match unsafe { libc::ioctl(end.as_raw_fd(), libc::FIONREAD, &mut bytes) } {
         0 => Ok(bytes.max(0) as usize),
         _ => Err(io::Error::last_os_error()),
     }

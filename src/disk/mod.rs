@@ -11,6 +11,7 @@
 //! See `docs/disks.md`, and decision 30 for why there is a copy and not a log.
 
 pub mod copy;
+pub mod hole;
 pub mod images;
 pub mod line;
 pub mod mirror;

@@ -1,8 +1,21 @@
 //! Which process is a domain's QEMU, told in a way that a recycled PID cannot fool.
 
 use std::fs;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
+
+/// A descriptor of the process `pid`, or with `PIDFD_THREAD` in `flags` of a thread. Not wrapped by nix.
+pub fn pidfd_open(pid: i32, flags: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
 
 /// A QEMU process. PID and start time together name one process for as long as the host is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

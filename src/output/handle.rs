@@ -5,7 +5,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,8 +14,9 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use vmsync::output::Mark;
 
+use super::filters;
 use super::wire::{self, Figures, Order, Setting, Word};
-use super::{filters, process};
+use crate::capture::companion;
 use crate::hypervisor::xml::{OutputNic, XmlError, output_nics};
 use crate::hypervisor::{Domain, HypervisorError, XmlKind};
 
@@ -105,7 +105,8 @@ impl Gate {
         if let Some(refusal) = nics.iter().find_map(|nic| nic.refusal.as_ref()) {
             return Err(GateError::Refused(refusal.to_string()));
         }
-        let (control, child) = start_process(Command::new("/proc/self/exe"))?;
+        let (control, child) =
+            companion::start(Command::new("/proc/self/exe"), "gate").map_err(system("start the gate process"))?;
         let mut child = Ended(child);
         // The end of a name in QEMU: no two gates that could be there at once have the same.
         let tag = format!("{:x}", child.0.id());
@@ -232,26 +233,6 @@ impl Drop for Ended {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-fn start_process(mut command: Command) -> Result<(OwnedFd, Child), GateError> {
-    let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
-    let (ours, theirs) = pair.map_err(system("make a socket"))?;
-    let theirs_raw = theirs.as_raw_fd();
-    // A group of its own: what is sent to the agent's does not reach it.
-    command.arg("gate").process_group(0);
-    // SAFETY: only async-signal-safe calls between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            let result = match theirs_raw == process::SOCKET_FD {
-                true => libc::fcntl(theirs_raw, libc::F_SETFD, 0),
-                false => libc::dup2(theirs_raw, process::SOCKET_FD),
-            };
-            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
-    let child = command.spawn().map_err(system("start the gate process"))?;
-    Ok((ours, child))
 }
 
 /// Puts the filters of one NIC in; returns a copy of QEMU's capture socket, for marks.

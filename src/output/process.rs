@@ -11,15 +11,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::MsgFlags;
 use vmsync::output::{Fate, Gate, GateLimits, Mark};
 
 use super::wire::{self, Figures, Item, Order, Setting, Splitter, Word};
+use crate::capture::{companion, priority};
 
-/// The descriptor it finds its socket at.
-pub(super) const SOCKET_FD: RawFd = 3;
 const MAX_NICS: usize = 64;
 const READ_BYTES: usize = 256 << 10;
 /// For QEMU to take; beyond, frames are dropped.
@@ -58,18 +58,18 @@ struct Process {
 
 /// `virtshadowd gate`: runs until nobody needs it.
 pub fn main() -> ! {
-    // SAFETY: the agent passed its socket as this descriptor; nothing else in this process uses it.
-    let control = unsafe { OwnedFd::from_raw_fd(SOCKET_FD) };
-    // SAFETY: prctl with integers only, a name for `ps`; then signals that are sent to a service as a whole are ignored:
-    // the end of the agent is what counts.
+    let control = companion::socket(c"virtshadow-gate");
+    // Signals that are sent to a service as a whole are ignored: the end of the agent is what counts.
+    // SAFETY: no handler is installed.
     unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"virtshadow-gate".as_ptr());
         libc::signal(libc::SIGTERM, libc::SIG_IGN);
         libc::signal(libc::SIGHUP, libc::SIG_IGN);
         libc::signal(libc::SIGINT, libc::SIG_IGN);
     }
-    let _ = nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    hurry();
+    // A guest's packets wait while we wait for a processor, and QEMU may.
+    priority::hurry();
+    // The last to be ended when memory is short. Without the right to it, as others.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let code = match Process::new(control).run() {
         Ok(()) => 0,
         Err(error) => {
@@ -78,15 +78,6 @@ pub fn main() -> ! {
         }
     };
     std::process::exit(code)
-}
-
-/// A guest's packets wait while we wait for a processor, and QEMU may.
-fn hurry() {
-    let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: 0 means this process; the parameters are alive for the call.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &parameters) };
-    // The last to be ended when memory is short. Without the right to it, as others.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
 }
 
 impl Process {
@@ -237,7 +228,7 @@ impl Process {
         let now = self.now();
         let nic = &mut self.nics[number];
         let Some(capture) = &nic.capture else { return Ok(()) };
-        let length = match nix::sys::socket::recv(capture.as_raw_fd(), buffer, MsgFlagsDontWait) {
+        let length = match nix::sys::socket::recv(capture.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(0) | Err(nix::Error::ECONNRESET) => {
                 nic.capture = None;
                 return Ok(());
@@ -294,9 +285,6 @@ impl Process {
     }
 }
 
-#[allow(non_upper_case_globals)]
-const MsgFlagsDontWait: nix::sys::socket::MsgFlags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
-
 #[derive(Default)]
 struct Ready {
     control: bool,
@@ -333,7 +321,7 @@ impl Nic {
             let parts: Vec<io::IoSlice<'_>> = (self.unsent.iter().take(AT_ONCE).enumerate())
                 .map(|(number, frame)| io::IoSlice::new(&frame[skip(number)..]))
                 .collect();
-            let flags = nix::sys::socket::MsgFlags::MSG_NOSIGNAL | MsgFlagsDontWait;
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
             let sent = match nix::sys::socket::sendmsg::<()>(self.release.as_raw_fd(), &parts, &[], flags, None) {
                 Ok(sent) => sent,
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => return,

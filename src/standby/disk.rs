@@ -5,8 +5,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::fcntl::{FallocateFlags, fallocate};
-use vmsync::units::{PAGE_SIZE, Page};
+use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page};
+
+use crate::disk::hole;
 
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
 
@@ -41,12 +42,7 @@ impl DiskFile {
         if page == ZERO_PAGE {
             return Ok(());
         }
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let at = i64::try_from(offset).map_err(io::Error::other)?;
-        match fallocate(&self.file, mode, at, PAGE_SIZE as i64) {
-            Ok(()) => Ok(()),
-            Err(_) => self.write(offset, &ZERO_PAGE),
-        }
+        hole::punch(&self.file, offset, PAGE_SIZE_U64).or_else(|_| self.write(offset, &ZERO_PAGE))
     }
 
     pub(super) fn sync(&self) -> io::Result<()> {

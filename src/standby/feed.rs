@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::hypervisor::process::QemuProcess;
+use crate::hypervisor::process::{QemuProcess, pidfd_open};
 use crate::hypervisor::{Domain, HypervisorError};
 
 /// Names under which QEMU's monitor keeps the two descriptors.
@@ -178,15 +178,10 @@ fn enlarge_buffer(socket: &UnixStream, len: usize) {
 
 /// A copy of another process's descriptor (pidfd_getfd).
 fn take_descriptor(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+    let pidfd = pidfd_open(pid, 0)?;
     // SAFETY: plain system call without pointers; the result is checked.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let pidfd = owned(pidfd)?;
-    // SAFETY: as above.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
-}
-
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    match i32::try_from(result) {
+    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    match i32::try_from(taken) {
         // SAFETY: the kernel just returned this descriptor and nobody else knows it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),

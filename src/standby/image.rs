@@ -12,7 +12,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
 use vmsync::codec::{PageContent, PagesFrame, Patch};
 use vmsync::hashes::{HashSeed, hash_page};
@@ -22,6 +21,7 @@ use vmsync::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr, PageIndex};
 use super::disk::DiskFile;
 use super::mapping::Mapping;
 use super::memory_file::{self, MemoryFile};
+use crate::disk::hole;
 use crate::disk::images::target_of;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::ramblock::RamBlock;
@@ -349,13 +349,11 @@ impl SharedBlock {
         if !self.sparse {
             return self.write_page(offset, &ZERO_PAGE);
         }
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.file, mode, as_offset(self.offset + offset)?, as_offset(PAGE_SIZE_U64)?) {
+        match hole::punch(&self.file, self.offset + offset, PAGE_SIZE_U64) {
             Ok(()) => {
                 self.set_present(offset, false);
                 Ok(())
             }
-            // Not every file system can; zeros do as well.
             Err(_) => self.mapping.write(offset, &ZERO_PAGE),
         }
     }

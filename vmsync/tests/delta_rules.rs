@@ -308,15 +308,18 @@ fn compression_follows_the_time_that_coding_takes() {
 
 // The target's side.
 
-fn target() -> (Target, Vec<u8>, Vec<u8>) {
-    let config = TargetConfig {
+fn target_config() -> TargetConfig {
+    TargetConfig {
         guest: GUEST,
         host: "h2".into(),
         term: Term::new(1),
         staging_limit_bytes: 1 << 20,
         keep: Keep::default(),
-    };
-    (Target::new(config), vec![], vec![])
+    }
+}
+
+fn target() -> (Target, Vec<u8>, Vec<u8>) {
+    (Target::new(target_config()), vec![], vec![])
 }
 
 struct Shadow {
@@ -474,14 +477,8 @@ fn sealed_epochs_of_changes_are_replayed_after_a_crash() {
     }
     assert_eq!(applied, 2);
     journal.splice(..0, shadow.journal[..40].iter().copied());
-    let config = TargetConfig {
-        guest: GUEST,
-        host: "h2".into(),
-        term: Term::new(1),
-        staging_limit_bytes: 1 << 20,
-        keep: Keep::default(),
-    };
-    let resumed = Target::resume(config, Millis::new(1), Left { state: &state, journal: &journal, undo: &[] }).unwrap();
+    let left = Left { state: &state, journal: &journal, undo: &[] };
+    let resumed = Target::resume(target_config(), Millis::new(1), left).unwrap();
     for effect in &resumed.effects {
         if let TargetEffect::Apply(frame) = effect {
             frame.iter().for_each(|(_, content)| content.apply(&mut image));

@@ -89,6 +89,13 @@ pub struct PeerReport {
     pub kbit_per_s: u64,
 }
 
+impl PeerReport {
+    /// It has an epoch and commits each further one.
+    pub(super) fn follows(&self) -> bool {
+        self.following && self.committed > Epoch(0)
+    }
+}
+
 /// A shadow as its own host sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShadowReport {
@@ -209,9 +216,20 @@ impl GuestPlan {
     pub fn wanted_policy(&self) -> Policy {
         self.policy.resized(self.shadows_wanted as usize)
     }
+
     /// Seats that are to stay.
     pub fn staying(&self) -> impl Iterator<Item = &HostName> {
         self.seats.iter().filter(|host| !self.going.contains(*host))
+    }
+
+    /// It has a shadow there, or would like to have it there again.
+    pub(super) fn is_at_home(&self, host: &HostName) -> bool {
+        self.seats.contains(host) || self.home.as_ref() == Some(host)
+    }
+
+    /// That host has not given up its former copy yet, and is no home of it: it takes no shadow before.
+    pub(super) fn is_left_behind(&self, host: &HostName) -> bool {
+        self.former.get(host).is_some_and(|leave| *leave != Leave::Retired) && !self.is_at_home(host)
     }
 }
 

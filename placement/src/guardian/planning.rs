@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::model::{Guest, Health, Host, Leave, Phase};
+use super::model::{Guest, Health, Host, Needs, Phase};
 use super::requests::{Wish, kept_seats};
 use super::{Action, Guardian, Level, Note, Ready, Reply, RequestError, RequestId, Save, upkeep};
 use crate::fleet::{
@@ -224,11 +224,11 @@ impl Guardian {
     /// anyway.
     fn excluded(&self, now: Moment, guest: &Guest) -> BTreeSet<HostName> {
         let plan = &guest.plan;
-        let pending = plan.former.iter().filter(|(_, leave)| **leave != Leave::Retired).map(|(host, _)| host);
+        let pending = plan.former.keys().filter(|host| plan.is_left_behind(host));
         let refused = guest.live.excluded.iter().filter(|(_, (until, _))| now < *until).map(|(host, _)| host);
-        let home = |host: &HostName| plan.seats.contains(host) || plan.home.as_ref() == Some(host);
-        let is_up = |host: &HostName| self.hosts.get(host).is_some_and(Host::is_up);
-        pending.chain(refused).filter(|host| !home(host) && is_up(host)).cloned().collect()
+        let refused = refused.filter(|host| !plan.is_at_home(host));
+        let is_up = |host: &&HostName| self.hosts.get(host).is_some_and(Host::is_up);
+        pending.chain(refused).filter(is_up).cloned().collect()
     }
 
     fn facts_of_guest(&self, now: Moment, guest: &Guest) -> GuestFacts {
@@ -239,14 +239,10 @@ impl Guardian {
         shadows.resize(plan.shadows_wanted as usize, None);
         fill(&mut shadows, plan.staying().chain(&plan.on).chain(&plan.home));
         GuestFacts {
-            cpu_milli: i64::from(plan.needs.vcpus) * 1000,
-            vfs: plan.needs.vfs.into(),
-            cpu_model: plan.needs.cpu_model.clone(),
-            machine_type: plan.needs.machine_type.clone(),
             stream_mbit: stream_mbit(plan.budget, guest.live.stream_kbit),
             shadows,
             excluded: self.excluded(now, guest),
-            ..facts(&plan.id, &plan.primary, plan.shadow_mib(), plan.wanted_policy())
+            ..facts(&plan.id, &plan.primary, plan.shadow_mib(), &plan.needs, plan.wanted_policy())
         }
     }
 
@@ -256,10 +252,6 @@ impl Guardian {
         let mut shadows = vec![None; wish.shadows as usize];
         fill(&mut shadows, kept.iter().chain(&wish.on));
         GuestFacts {
-            cpu_milli: i64::from(wish.needs.vcpus) * 1000,
-            vfs: wish.needs.vfs.into(),
-            cpu_model: wish.needs.cpu_model.clone(),
-            machine_type: wish.needs.machine_type.clone(),
             stream_mbit: stream_mbit(wish.budget, known.map_or(0, |guest| guest.live.stream_kbit)),
             shadows,
             excluded: known.map(|guest| self.excluded(now, guest)).unwrap_or_default(),
@@ -267,6 +259,7 @@ impl Guardian {
                 &wish.guest,
                 &wish.host,
                 wish.memory_mib.saturating_add(wish.keep.mib),
+                &wish.needs,
                 wish.policy.resized(wish.shadows as usize),
             )
         }
@@ -346,11 +339,7 @@ impl Guardian {
                 let as_is = (guest.plan.term, guest.plan.primary.clone(), guest.plan.shadows_wanted);
                 if guest.plan.phase == Phase::Steady && as_is == *as_asked {
                     // What has become impossible since is left to the next plan.
-                    let pending = |host: &HostName| match guest.plan.former.get(host) {
-                        None | Some(Leave::Retired) => false,
-                        Some(_) => !guest.plan.seats.contains(host) && guest.plan.home.as_ref() != Some(host),
-                    };
-                    let usable = |host: &&HostName| !cx.is_down(host) && !pending(host);
+                    let usable = |host: &&HostName| !cx.is_down(host) && !guest.plan.is_left_behind(host);
                     let hosts: Vec<HostName> = hosts.iter().flatten().filter(usable).cloned().collect();
                     take_over(guest, cx, hosts, &away, note);
                 }
@@ -465,8 +454,14 @@ fn labels(host: &Host) -> HostLabels {
     HostLabels { host: host.intro.name.clone(), rack: host.intro.rack.clone(), power, switch }
 }
 
-fn facts(id: &GuestId, primary: &HostName, memory_mib: u64, policy: Policy) -> GuestFacts {
-    GuestFacts::with_memory(id.clone(), primary.clone(), memory_mib.min(MAX_AMOUNT as u64) as i64, policy)
+fn facts(id: &GuestId, primary: &HostName, memory_mib: u64, needs: &Needs, policy: Policy) -> GuestFacts {
+    GuestFacts {
+        cpu_milli: i64::from(needs.vcpus) * 1000,
+        vfs: needs.vfs.into(),
+        cpu_model: needs.cpu_model.clone(),
+        machine_type: needs.machine_type.clone(),
+        ..GuestFacts::with_memory(id.clone(), primary.clone(), memory_mib.min(MAX_AMOUNT as u64) as i64, policy)
+    }
 }
 
 /// What stands, or is to stand if it can, in the order of preference, on shadows that have no host.

@@ -413,7 +413,7 @@ fn switch_over(
     let report = cx.hosts.get(&primary).and_then(|host| host.report.primaries.get(&guest.plan.id));
     let committed = |host: &HostName| {
         let peer = report.and_then(|report| report.peers.get(host));
-        peer.filter(|peer| peer.following && peer.committed > Epoch(0)).map(|peer| peer.committed)
+        peer.filter(|peer| peer.follows()).map(|peer| peer.committed)
     };
     let to = match to {
         Some(to) => {

@@ -4,7 +4,7 @@
 //! is given again, which is harmless.
 
 use super::context::{Context, DoneOrder};
-use super::model::{Guest, Leave, Phase, Seat};
+use super::model::{Guest, GuestPlan, Leave, PeerReport, Phase, Seat};
 use super::{Level, Order, Outcome, Reply, failover, lifecycle, switchover};
 use crate::units::HostName;
 
@@ -49,10 +49,7 @@ fn drop_surplus(guest: &mut Guest, cx: &Context<'_>) {
         return;
     }
     let report = cx.hosts.get(&guest.plan.primary).and_then(|host| host.report.primaries.get(&guest.plan.id));
-    let follows = |host: &HostName| {
-        let peer = report.and_then(|report| report.peers.get(host));
-        peer.is_some_and(|peer| peer.following && peer.committed.0 > 0)
-    };
+    let follows = |host: &HostName| report.and_then(|report| report.peers.get(host)).is_some_and(PeerReport::follows);
     let replaced = guest.plan.staying().filter(|host| follows(host)).count() >= guest.plan.shadows_wanted as usize;
     for host in guest.plan.going.clone() {
         if replaced || cx.is_down(&host) {
@@ -110,20 +107,24 @@ fn protect(guest: &mut Guest, cx: &mut Context<'_>) {
     if ready.is_empty() && guest.plan.seats.iter().filter(|host| cx.is_connected(host)).any(|host| soon(&host)) {
         return;
     }
-    let order = Order::Protect {
-        guest: guest.plan.id.clone(),
-        domain: guest.plan.domain.clone(),
-        term: guest.plan.term,
-        interval_ms: guest.plan.interval_ms,
-        budget: guest.plan.budget,
-        mirror_mib: guest.plan.mirror_mib,
-        consistency: guest.plan.consistency,
-        policy: guest.plan.policy.to_string(),
-        shadows: ready.clone(),
-    };
+    let order = order_to_protect(&guest.plan, ready.clone());
     let primary = guest.plan.primary.clone();
     guest.live.protected_with = ready;
     guest.live.protect = Seat::Sent(cx.order(guest, &primary, order, PROTECT_TIMEOUT_MS));
+}
+
+fn order_to_protect(plan: &GuestPlan, shadows: Vec<HostName>) -> Order {
+    Order::Protect {
+        guest: plan.id.clone(),
+        domain: plan.domain.clone(),
+        term: plan.term,
+        interval_ms: plan.interval_ms,
+        budget: plan.budget,
+        mirror_mib: plan.mirror_mib,
+        consistency: plan.consistency,
+        policy: plan.policy.to_string(),
+        shadows,
+    }
 }
 
 /// The host that lost a guest may start it again, with the newest term: that is what it is told by being told to protect
@@ -132,17 +133,7 @@ fn allow_start(guest: &mut Guest, cx: &mut Context<'_>) {
     if !guest.live.protect.due(cx.now) || !cx.is_connected(&guest.plan.primary) {
         return;
     }
-    let order = Order::Protect {
-        guest: guest.plan.id.clone(),
-        domain: guest.plan.domain.clone(),
-        term: guest.plan.term,
-        interval_ms: guest.plan.interval_ms,
-        budget: guest.plan.budget,
-        mirror_mib: guest.plan.mirror_mib,
-        consistency: guest.plan.consistency,
-        policy: guest.plan.policy.to_string(),
-        shadows: Vec::new(),
-    };
+    let order = order_to_protect(&guest.plan, Vec::new());
     let primary = guest.plan.primary.clone();
     guest.live.protect = Seat::Sent(cx.order(guest, &primary, order, PROTECT_TIMEOUT_MS));
 }
@@ -173,7 +164,7 @@ fn tell_redundancy(guest: &mut Guest, cx: &mut Context<'_>) {
     else {
         return;
     };
-    let follows = |host: &&HostName| report.peers.get(*host).is_some_and(|peer| peer.following && peer.committed.0 > 0);
+    let follows = |host: &&HostName| report.peers.get(*host).is_some_and(PeerReport::follows);
     let following = guest.plan.staying().filter(follows).count() as u32;
     let wanted = guest.plan.shadows_wanted;
     let whole = following >= wanted;

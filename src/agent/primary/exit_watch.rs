@@ -8,11 +8,13 @@
 //! threads end at once: they are watched as well (PIDFD_THREAD, Linux 6.9), and the first that died tells.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::hypervisor::process::pidfd_open;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,17 +46,6 @@ struct PidfdInfo {
     cgroup_id: u64,
     ids: [u32; 11],
     exit_code: i32,
-}
-
-/// Opens the process at once; threads by their own number. Not wrapped by nix.
-fn pidfd_open(pid: i32, flags: u32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes no pointers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a fresh descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Threads that QEMU named as vCPUs, such as `CPU 0/KVM`.

@@ -103,7 +103,7 @@ impl GuestDefinition {
 
     /// Disks that a shadow needs a copy of.
     pub fn mirrored_disks(&self) -> impl Iterator<Item = &Disk> {
-        self.disks.iter().filter(|disk| disk.writable && disk.device == "disk")
+        self.disks.iter().filter(|disk| disk.is_mirrored())
     }
 
     /// Why this guest cannot have shadows; empty when it can, as far as its definition tells. QEMU's own reasons
@@ -149,7 +149,14 @@ fn vcpus(root: &Element) -> Result<u32, XmlError> {
     }
 }
 
-fn disk(element: &Element) -> Disk {
+impl Disk {
+    /// Whether a shadow needs a copy of it.
+    pub(super) fn is_mirrored(&self) -> bool {
+        self.writable && self.device == "disk"
+    }
+}
+
+pub(super) fn disk(element: &Element) -> Disk {
     let device = element.attributes.get("device").map_or("disk", String::as_str).to_owned();
     let read_only = element.get_child("readonly").is_some() || device == "cdrom";
     let source = element.get_child("source").and_then(|source| {

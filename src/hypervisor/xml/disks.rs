@@ -4,16 +4,16 @@
 use xmltree::Element;
 
 use super::XmlError;
+use super::definition::disk;
 use super::tree::{at, attribute, children, elements_mut, ensure_child, parse_domain, remove_children, write};
 
 /// Children of a disk that tell of its source's host, not of the guest.
 const OF_THE_SOURCE: [&str; 8] =
     ["source", "backingStore", "mirror", "auth", "encryption", "privateData", "alias", "slices"];
 
-/// Whether a disk is one that shadows get a copy of.
-pub(super) fn is_mirrored(disk: &Element) -> bool {
-    let device = disk.attributes.get("device").map_or("disk", String::as_str);
-    disk.name == "disk" && device == "disk" && disk.get_child("readonly").is_none()
+/// Whether a device is a disk that shadows get a copy of.
+pub(super) fn is_mirrored(device: &Element) -> bool {
+    device.name == "disk" && disk(device).is_mirrored()
 }
 
 /// The definition with these disks (target, path) as raw files; all else about them stays.

@@ -8,7 +8,8 @@ set -eu
 
 BUILD_PACKAGES="gcc make pkg-config libvirt-dev libsqlite3-dev libzstd-dev git"
 HOST_PACKAGES="qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu
-  libvirt-daemon-driver-network nftables iproute2 util-linux busybox-static cpio socat xz-utils zstd"
+  libvirt-daemon-driver-network nftables iproute2 util-linux busybox-static cpio socat xz-utils zstd
+  e2fsprogs"
 MARKER=/var/lib/virt-shadow-setup/packages
 BACKPORTS=/etc/apt/sources.list.d/virt-shadow-backports.sources
 

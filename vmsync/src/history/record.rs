@@ -20,7 +20,7 @@
 //! A record without its end, or with bytes behind it, is none. Pages are whole or patches, which replace bytes: applied
 //! in order, newest record first, records lead from the newer epoch, and from wherever an earlier attempt had come, to the
 //! same memory.
-//! Disk writes of an epoch, once epochs have them, get a kind of record of their own.
+//! Disks are blocks of pages like RAM and need no kind of record of their own.
 
 use std::sync::Arc;
 
