@@ -97,13 +97,13 @@ pub fn attach(
     Ok(Attached { cutter, process, layout, tracker_reason })
 }
 
-/// Takes back what [`attach`] left in QEMU: its end of the pipe. The tracking ends with our descriptor.
+/// Takes back what [`attach`] left in QEMU: the descriptor that stands for the pipe. The tracking ends with our descriptor.
 pub fn detach(guard: &Guard, process: QemuProcess, uuid: &str, run_dir: &Path) {
     let path = record_path(run_dir, uuid);
     if let Some(record) = read_record(&path).filter(|record| record.process == process && process.is_alive())
-        && let Err(error) = guard.inject(process.pid, Injection::Close(record.write_fd))
+        && let Err(error) = guard.inject(process.pid, Injection::Close(record.path_fd))
     {
-        tracing::warn!(uuid, %error, "QEMU keeps one end of a closed pipe");
+        tracing::warn!(uuid, %error, "QEMU keeps the descriptor of a pipe that is no more");
     }
     let _ = fs::remove_file(path);
 }
@@ -158,7 +158,7 @@ fn protect_mode(domain: &Domain) -> ProtectMode {
 #[derive(Debug, Serialize, Deserialize)]
 struct PipeRecord {
     process: QemuProcess,
-    write_fd: i32,
+    path_fd: i32,
     inode: String,
 }
 
@@ -181,24 +181,24 @@ fn open_pipe(domain: &Domain, guard: &Guard, process: QemuProcess, run_dir: &Pat
     let path = record_path(run_dir, domain.uuid());
     if let Some(record) = read_record(&path)
         && record.process == process
-        && link_of(process.pid, record.write_fd).is_some_and(|link| link == record.inode)
+        && link_of(process.pid, record.path_fd).is_some_and(|link| link == record.inode)
     {
-        // Opening QEMU's write end for reading gives a read end of the same pipe.
+        // What stands for the pipe in QEMU can be opened for reading.
         use std::os::unix::fs::OpenOptionsExt;
         let read_end = fs::File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open(format!("/proc/{}/fd/{}", process.pid, record.write_fd));
+            .open(format!("/proc/{}/fd/{}", process.pid, record.path_fd));
         if let Ok(read_end) = read_end {
-            return StatePipe::new(OwnedFd::from(read_end), record.write_fd).map_err(error);
+            return StatePipe::new(OwnedFd::from(read_end), record.path_fd).map_err(error);
         }
     }
-    let (read_end, write_fd) = match guard.inject(process.pid, Injection::Pipe)? {
-        Injected::Pipe { read_end, write_fd } => (read_end, write_fd),
+    let (read_end, path_fd) = match guard.inject(process.pid, Injection::Pipe)? {
+        Injected::Pipe { read_end, path_fd } => (read_end, path_fd),
         _ => return Err(error(io::Error::other("the guard sent no pipe"))),
     };
-    if let Some(inode) = link_of(process.pid, write_fd) {
-        let record = PipeRecord { process, write_fd, inode };
+    if let Some(inode) = link_of(process.pid, path_fd) {
+        let record = PipeRecord { process, path_fd, inode };
         let written = serde_json::to_vec(&record).map_err(io::Error::other).and_then(|text| {
             fs::create_dir_all(run_dir.join("pipes"))?;
             fs::write(&path, text)
@@ -208,5 +208,5 @@ fn open_pipe(domain: &Domain, guard: &Guard, process: QemuProcess, run_dir: &Pat
             tracing::warn!(path = %path.display(), %error, "cannot remember QEMU's pipe");
         }
     }
-    StatePipe::new(read_end, write_fd).map_err(error)
+    StatePipe::new(read_end, path_fd).map_err(error)
 }

@@ -8,9 +8,10 @@
 //!                        <-- pipe -----   writes the state, waits: the pipe holds one page
 //! find written pages, by several threads  (waits)
 //! widen the pipe, copy the pages          goes on with the state, waits again before its end
-//! read the pipe empty                     finishes, starts the guest
+//! read the pipe until QEMU has closed it  closes it, starts the guest
+//! guard.has_fired ------------------------------------> void if it fired; if not, the cut is there
 //!                        <-- reply ----
-//! guard.end ------------------------------------------> void if it fired
+//! guard.end
 //! ```
 //! Whatever fails in between, the guest is started by QEMU itself; the pages found are carried into the next cut.
 
@@ -22,6 +23,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmsync::batch::PageBatch;
 use vmsync::output::Mark;
@@ -91,17 +93,17 @@ pub struct Captured {
     pub mark: Option<Mark>,
 }
 
-/// QEMU's pipe: our read end, and the number of the write end that QEMU opens again for each cut.
+/// QEMU's pipe: our read end, and the number of the descriptor by which QEMU opens its write end for each cut.
 pub struct StatePipe {
     read_end: File,
-    write_fd: i32,
+    path_fd: i32,
 }
 
 impl StatePipe {
     /// Sets the pipe to one page, so that QEMU waits for us after the first bytes. QEMU must not be writing to it.
-    pub fn new(read_end: OwnedFd, write_fd: i32) -> io::Result<Self> {
+    pub fn new(read_end: OwnedFd, path_fd: i32) -> io::Result<Self> {
         fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        let pipe = Self { read_end: File::from(read_end), write_fd };
+        let pipe = Self { read_end: File::from(read_end), path_fd };
         pipe.empty()?;
         pipe.hold(PAGE_SIZE)?;
         Ok(pipe)
@@ -157,9 +159,37 @@ impl StatePipe {
         let _ = fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES));
     }
 
-    pub fn write_fd(&self) -> i32 {
-        self.write_fd
+    pub fn path_fd(&self) -> i32 {
+        self.path_fd
     }
+
+    /// Reads all that is there; true: QEMU has closed its end. Beyond `most` bytes they are thrown away: QEMU must not be
+    /// left waiting.
+    fn read_available(&self, most: usize, into: &mut Vec<u8>) -> io::Result<bool> {
+        let mut buffer = [0u8; 16384];
+        loop {
+            match (&self.read_end).read(&mut buffer) {
+                Ok(0) => return Ok(true),
+                Ok(_) if into.len() > most => {}
+                Ok(read) => into.extend_from_slice(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+const FROM_PIPE: u64 = 0;
+const FROM_MONITOR: u64 = 1;
+
+/// Tells what happens in the pipe as it happens, once: between two commands it has no writer, which would be told for ever.
+fn news_of(pipe: &StatePipe, monitor: &MonitorThread) -> nix::Result<Epoll> {
+    let news = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+    news.add(&pipe.read_end, EpollEvent::new(once, FROM_PIPE))?;
+    news.add(&*monitor.done, EpollEvent::new(EpollFlags::EPOLLIN, FROM_MONITOR))?;
+    Ok(news)
 }
 
 type Copiers = Crew<(Vec<PageAddr>, PageBatch), Result<PageBatch, MemoryError>>;
@@ -170,6 +200,7 @@ pub struct Cutter {
     slot: Slot,
     pipe: StatePipe,
     monitor: MonitorThread,
+    news: Epoll,
     memory: GuestMemory,
     tracker: Box<dyn Tracker>,
     at_stop: Option<AtStop>,
@@ -180,6 +211,10 @@ pub struct Cutter {
     /// How many pages the next cut will bring, roughly.
     pages_hint: usize,
     state_bytes_hint: usize,
+    /// How the last whole state ended.
+    ending: Option<Ending>,
+    /// The monitor has not answered the last command yet.
+    unanswered: bool,
     /// Room in the pipe while pages are copied, and what may be read from it before: see [`held_bytes`].
     room_bytes: usize,
     spare_bytes: usize,
@@ -235,6 +270,7 @@ impl Cutter {
     ) -> Result<Self, CutError> {
         let slot = guard.watch(pipe.read_end.as_fd(), memory.pid())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
+        let news = news_of(&pipe, &monitor).map_err(|error| CutError::Pipe(error.into()))?;
         let carried = PageSet::new(memory.layout());
         let hands = crew::hands_for(memory.layout().total_bytes(), COPY_LEAST_BYTES);
         let copy =
@@ -245,6 +281,7 @@ impl Cutter {
             slot,
             pipe,
             monitor,
+            news,
             memory,
             tracker,
             at_stop: None,
@@ -253,6 +290,8 @@ impl Cutter {
             copiers,
             pages_hint: 0,
             state_bytes_hint: 64 << 10,
+            ending: None,
+            unanswered: false,
             room_bytes: PAGE_SIZE,
             spare_bytes: 0,
         })
@@ -356,21 +395,25 @@ impl Cutter {
         &mut self,
         mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
     ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
+        self.finish()?;
         self.pipe.empty().map_err(CutError::Pipe)?;
         self.guard.begin(self.slot, self.bound)?;
         let command = format!(
             r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"/proc/self/fd/{}","live":false}}}}"#,
-            self.pipe.write_fd
+            self.pipe.path_fd
         );
         self.monitor.send(command);
+        self.unanswered = true;
         let mut worked = None;
         let mut began = None;
         let mut filled = 0;
+        let mut closed = false;
         let mut state = Vec::with_capacity(self.state_bytes_hint);
+        // `None`: the state is whole, and QEMU has closed the pipe. It will say so.
         let answer = loop {
-            let (readable, answered) = self.wait(Duration::from_secs(1)).map_err(CutError::Pipe)?;
-            if readable {
-                if began.is_none() {
+            let (seen, answered) = self.wait()?;
+            if !seen.is_empty() {
+                if began.is_none() && seen.contains(EpollFlags::EPOLLIN) {
                     began = Some(Instant::now());
                     let mut spare = self.spare_bytes;
                     let mut go_on = || {
@@ -382,28 +425,35 @@ impl Cutter {
                     filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
                 }
-                self.read_available(&mut state)?;
+                closed |= self.read_available(&mut state)? && !state.is_empty();
+                if closed && Ending::of(&state).is_some_and(|ending| self.ending == Some(ending)) {
+                    break None;
+                }
             }
             if answered {
                 let answer = self.monitor.answer();
+                self.unanswered = false;
                 self.drain(&mut state, answer.is_err())?;
-                break answer;
+                break Some(answer);
             }
         };
         let ended = Instant::now();
-        self.pipe.hold(PAGE_SIZE).map_err(CutError::Pipe)?;
         // The room while the next cut copies: what this state allows, or the least until one has come through.
+        let whole = answer.as_ref().is_none_or(Result::is_ok);
         (self.room_bytes, self.spare_bytes) =
-            if answer.is_ok() && state.len() > filled { held_bytes(state.len()) } else { (PAGE_SIZE, 0) };
-        let fired = self.guard.end(self.slot)?;
+            if whole && state.len() > filled { held_bytes(state.len()) } else { (PAGE_SIZE, 0) };
+        let fired = if self.unanswered { self.guard.has_fired(self.slot)? } else { self.end()? };
         if fired {
             return Err(CutError::WatchdogFired(self.bound));
         }
-        answer.map_err(CutError::Monitor)?;
+        answer.transpose().map_err(CutError::Monitor)?;
         let (Some(began), Some(worked)) = (began, worked) else {
             return Err(CutError::DeviceState("QEMU answered without writing any".into()));
         };
         worked?;
+        if state.len() > MAX_DEVICE_STATE_BYTES {
+            return Err(CutError::DeviceState(format!("more than {MAX_DEVICE_STATE_BYTES} bytes")));
+        }
         if !state.starts_with(b"QEVM") {
             return Err(CutError::DeviceState("it does not begin with QEMU's magic word".into()));
         }
@@ -411,57 +461,75 @@ impl Cutter {
         if state.len() <= filled {
             return Err(CutError::DeviceState(format!("all {filled} bytes came before memory was captured")));
         }
+        self.ending = Ending::of(&state);
         self.state_bytes_hint = state.len() + 4096;
         Ok((state, began, ended - began))
     }
 
-    /// Waits for bytes in the pipe or the monitor's answer.
-    fn wait(&self, timeout: Duration) -> io::Result<(bool, bool)> {
-        let pollfd = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut polled = [pollfd(self.pipe.read_end.as_raw_fd()), pollfd(self.monitor.done.as_fd().as_raw_fd())];
-        // SAFETY: two live elements.
-        if unsafe { libc::poll(polled.as_mut_ptr(), 2, timeout.as_millis() as i32) } < 0 {
-            let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::Interrupted { Ok((false, false)) } else { Err(error) };
+    /// Waits for the answer to the last command, which may come well after its state: what is left to do of a cut.
+    pub fn finish(&mut self) -> Result<(), CutError> {
+        if !std::mem::take(&mut self.unanswered) {
+            return Ok(());
         }
-        Ok((polled[0].revents & libc::POLLIN != 0, polled[1].revents & libc::POLLIN != 0))
+        if let Err(error) = self.monitor.answer() {
+            // Its state was whole all the same, or else the cut has failed already.
+            tracing::debug!(error, "the monitor's answer after a cut");
+            self.drain(&mut Vec::new(), true)?;
+        }
+        self.end().map(drop)
     }
 
-    fn read_available(&mut self, state: &mut Vec<u8>) -> Result<(), CutError> {
-        let mut buffer = [0u8; 16384];
-        loop {
-            match self.pipe.read_end.read(&mut buffer) {
-                Ok(0) => return Ok(()),
-                Ok(_) if state.len() > MAX_DEVICE_STATE_BYTES => {} // read on: QEMU must not be left waiting
-                Ok(read) => state.extend_from_slice(&buffer[..read]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(CutError::Pipe(error)),
-            }
-        }
-        Ok(())
+    /// The command is over. True: the guard had to read the pipe.
+    fn end(&mut self) -> Result<bool, CutError> {
+        self.pipe.hold(PAGE_SIZE).map_err(CutError::Pipe)?;
+        Ok(self.guard.end(self.slot)?)
+    }
+
+    /// Waits for bytes in the pipe, or its end, or the monitor's answer.
+    fn wait(&self) -> Result<(EpollFlags, bool), CutError> {
+        let mut events = [EpollEvent::empty(); 2];
+        let ready = match self.news.wait(&mut events, EpollTimeout::NONE) {
+            Ok(ready) => ready,
+            Err(nix::Error::EINTR) => 0,
+            Err(error) => return Err(CutError::Pipe(error.into())),
+        };
+        let of = |data| events[..ready].iter().find(|event| event.data() == data).map(EpollEvent::events);
+        Ok((of(FROM_PIPE).unwrap_or(EpollFlags::empty()), of(FROM_MONITOR).is_some()))
+    }
+
+    fn read_available(&self, state: &mut Vec<u8>) -> Result<bool, CutError> {
+        self.pipe.read_available(MAX_DEVICE_STATE_BYTES, state).map_err(CutError::Pipe)
     }
 
     /// Reads what is left after the answer. After a failed command QEMU may still be writing (libvirt died between
     /// us): read until it is quiet.
     fn drain(&mut self, state: &mut Vec<u8>, failed: bool) -> Result<(), CutError> {
-        self.read_available(state)?;
-        loop {
-            if !failed {
-                break;
-            }
+        while !self.read_available(state)? && failed {
             let mut polled = libc::pollfd { fd: self.pipe.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one live element.
             let ready = unsafe { libc::poll(&mut polled, 1, QUIET_FOR.as_millis() as i32) };
             if ready <= 0 || polled.revents & libc::POLLIN == 0 {
                 break;
             }
-            self.read_available(state)?;
-        }
-        if state.len() > MAX_DEVICE_STATE_BYTES {
-            return Err(CutError::DeviceState(format!("more than {MAX_DEVICE_STATE_BYTES} bytes")));
         }
         Ok(())
+    }
+}
+
+/// The last bytes of a state: the footer of the last device, with its number, and the mark of the end. A state that breaks
+/// off because a device failed does not end so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ending([u8; Self::BYTES]);
+
+impl Ending {
+    const BYTES: usize = 6;
+    /// `QEMU_VM_SECTION_FOOTER` and `QEMU_VM_EOF` (migration/savevm.h).
+    const FOOTER: u8 = 0x7e;
+    const EOF: u8 = 0;
+
+    fn of(state: &[u8]) -> Option<Self> {
+        let ending = *state.last_chunk::<{ Self::BYTES }>()?;
+        (ending[0] == Self::FOOTER && ending[Self::BYTES - 1] == Self::EOF).then_some(Self(ending))
     }
 }
 
@@ -539,5 +607,44 @@ mod tests {
         let nothing = (&pipe.read_end).read(&mut byte).unwrap_err();
         assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
         assert_eq!(fcntl(&pipe.read_end, FcntlArg::F_GETPIPE_SZ).unwrap(), PAGE_SIZE as i32);
+    }
+
+    #[test]
+    fn each_writer_that_comes_and_goes_is_told_once() {
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        let path = format!("/proc/self/fd/{}", read_end.as_raw_fd());
+        let pipe = StatePipe::new(read_end, 0).unwrap();
+        let monitor = MonitorThread::start(Arc::new(|_| Ok(()))).unwrap();
+        let news = news_of(&pipe, &monitor).unwrap();
+        let told = || {
+            let mut events = [EpollEvent::empty(); 2];
+            let ready = news.wait(&mut events, EpollTimeout::ZERO).unwrap();
+            (ready == 1).then(|| (events[0].data(), events[0].events()))
+        };
+        let mut state = Vec::new();
+        drop(write_end);
+        told();
+        for _ in 0..3 {
+            assert_eq!(told(), None);
+            let mut writer = File::options().write(true).open(&path).unwrap();
+            assert_eq!(told(), None);
+            writer.write_all(b"QEVM").unwrap();
+            assert_eq!(told(), Some((FROM_PIPE, EpollFlags::EPOLLIN)));
+            assert!(!pipe.read_available(8, &mut state).unwrap());
+            drop(writer);
+            assert_eq!(told(), Some((FROM_PIPE, EpollFlags::EPOLLHUP)));
+            assert!(pipe.read_available(8, &mut state).unwrap());
+        }
+        assert_eq!(state, b"QEVMQEVMQEVM");
+        monitor.send(String::new());
+        monitor.answer().unwrap();
+    }
+
+    #[test]
+    fn only_a_whole_state_has_an_ending() {
+        assert_eq!(Ending::of(b"QEVM....\x7e\0\0\0\x2a\0"), Some(Ending([0x7e, 0, 0, 0, 42, 0])));
+        assert_eq!(Ending::of(b"QEVM....\x7e\0\0\0\x2a"), None);
+        assert_eq!(Ending::of(b"QEVM....\0\0\0\x2a\0\0"), None);
+        assert_eq!(Ending::of(b""), None);
     }
 }

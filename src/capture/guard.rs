@@ -5,6 +5,7 @@
 //!   Watch{slot, pid} + read end  ->     keeps a copy of the read end of QEMU's pipe
 //!   Begin{slot, bound}      ->          from now on QEMU may stand still, waiting for a reader of that pipe; its
 //!                                       main thread, which writes to it, is preferred ([`super::priority`])
+//!   Check{slot}             ->  Ended{fired}: the state has been read whole, the guest is about to run
 //!   End{slot}               ->  Ended{fired}; the thread runs as others do again
 //!   Inject{pid, what}       ->  Injected + descriptor     (in a child of its own: a hung ptrace is killed)
 //! ```
@@ -21,6 +22,7 @@ use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::inject::Target;
@@ -34,6 +36,8 @@ const INJECT_WITHIN: Duration = Duration::from_millis(1_500);
 const ANSWER_WITHIN: Duration = Duration::from_millis(2_500);
 const MAX_SLOTS: usize = 4096;
 const MESSAGE_BYTES: usize = 512;
+/// Of one pipe in a row, so that a QEMU that never stops writing does not keep the others waiting.
+const READS_AT_ONCE: usize = 64;
 
 /// One guest's pipe in the guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,7 +76,7 @@ impl Inner {
 #[derive(Debug)]
 pub enum Injected {
     Userfaultfd(OwnedFd),
-    Pipe { read_end: OwnedFd, write_fd: i32 },
+    Pipe { read_end: OwnedFd, path_fd: i32 },
     Closed,
 }
 
@@ -137,10 +141,19 @@ impl Guard {
             .map_err(GuardError::Lost)
     }
 
-    /// The cut is over. True: the guard had to read the pipe; what we read of it is void.
+    /// True: the guard had to read the pipe; what we read of it is void.
+    pub fn has_fired(&self, slot: Slot) -> Result<bool, GuardError> {
+        self.ask_whether_fired(Op::Check, slot)
+    }
+
+    /// The cut is over. True: the guard had to read the pipe, perhaps after [`Self::has_fired`].
     pub fn end(&self, slot: Slot) -> Result<bool, GuardError> {
+        self.ask_whether_fired(Op::End, slot)
+    }
+
+    fn ask_whether_fired(&self, op: Op, slot: Slot) -> Result<bool, GuardError> {
         let inner = self.lock();
-        send(&inner.socket, Message::new(Op::End, slot.0, 0), None).map_err(GuardError::Lost)?;
+        send(&inner.socket, Message::new(op, slot.0, 0), None).map_err(GuardError::Lost)?;
         let (message, _, _) = receive(&inner.socket).map_err(GuardError::Lost)?;
         if message.op != Op::Ended as u32 {
             return Err(GuardError::Lost(io::Error::other("unexpected answer")));
@@ -163,7 +176,7 @@ impl Guard {
         }
         match (injection, fd) {
             (Injection::Userfaultfd, Some(fd)) => Ok(Injected::Userfaultfd(fd)),
-            (Injection::Pipe, Some(read_end)) => Ok(Injected::Pipe { read_end, write_fd: message.value as i32 }),
+            (Injection::Pipe, Some(read_end)) => Ok(Injected::Pipe { read_end, path_fd: message.value as i32 }),
             (Injection::Close(_), None) => Ok(Injected::Closed),
             _ => Err(GuardError::Injection("the guard's answer lacks its descriptor".into())),
         }
@@ -198,6 +211,7 @@ enum Op {
     InjectFailed,
     WatchProgress,
     WatchLine,
+    Check,
 }
 
 /// 16 bytes in host order (both ends are the same program on the same host), then, for failures, a text.
@@ -246,11 +260,16 @@ fn send_text(socket: &OwnedFd, message: Message, text: &str, fd: Option<Borrowed
 }
 
 fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
+    receive_with(socket, MsgFlags::empty())
+}
+
+fn receive_with(socket: &OwnedFd, flags: MsgFlags) -> io::Result<(Message, String, Option<OwnedFd>)> {
     let mut bytes = [0u8; MESSAGE_BYTES];
     let mut control = nix::cmsg_space!(RawFd);
     let (length, fd) = {
         let mut parts = [io::IoSliceMut::new(&mut bytes)];
-        let received = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
         let mut fd = None;
         for message in received.cmsgs().map_err(io::Error::from)? {
             if let ControlMessageOwned::ScmRights(fds) = message {
@@ -317,38 +336,100 @@ struct Watched {
     /// Until when the agent may read the pipe; `None`: we do.
     deadline: Option<Instant>,
     fired: bool,
-    /// QEMU ended: no writer is left.
-    dead: bool,
+    /// There may be bytes that we have not read.
+    unread: bool,
 }
 
 impl Watched {
     fn check_deadline(&mut self, now: Instant) {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
-            self.deadline = None;
             self.fired = true;
-            self.writer.usual();
+            self.is_ours();
         }
     }
 
-    fn is_ours_to_read(&self) -> bool {
-        self.deadline.is_none() && !self.dead
+    /// The agent has ended reading it, or must.
+    fn is_ours(&mut self) {
+        self.deadline = None;
+        self.unread = true;
+        self.writer.usual();
+    }
+
+    fn is_to_be_read(&self) -> bool {
+        self.unread && self.deadline.is_none()
     }
 
     /// Reads and forgets what the pipe holds: QEMU goes on.
     fn discard(&mut self) {
-        let mut polled = libc::pollfd { fd: self.read_end.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let mut buffer = [0u8; 65536];
-        // SAFETY: one live element; then a read that does not block, into a buffer whose length is passed.
-        unsafe {
-            if libc::poll(&mut polled, 1, 0) <= 0 {
-                return;
-            }
-            if polled.revents & libc::POLLIN != 0 {
-                libc::read(polled.fd, buffer.as_mut_ptr().cast(), buffer.len());
-            } else {
-                self.dead = true;
+        for _ in 0..READS_AT_ONCE {
+            // The read end does not block.
+            match nix::unistd::read(&self.read_end, &mut buffer) {
+                Ok(read) if read > 0 => {}
+                Err(nix::Error::EINTR) => {}
+                _ => return self.unread = false,
             }
         }
+    }
+}
+
+/// The pipes, and what happens in them: between two commands a pipe has no writer, which is told once.
+struct Pipes {
+    news: Epoll,
+    watched: BTreeMap<u32, Watched>,
+}
+
+/// Stands for the agent's socket among the pipes' slots.
+const FROM_AGENT: u64 = u64::MAX;
+
+impl Pipes {
+    fn new(socket: &OwnedFd) -> io::Result<Self> {
+        let news = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        news.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, FROM_AGENT))?;
+        Ok(Self { news, watched: BTreeMap::new() })
+    }
+
+    fn watch(&mut self, slot: u32, read_end: OwnedFd, pid: libc::pid_t) -> io::Result<()> {
+        self.unwatch(slot);
+        let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        self.news.add(&read_end, EpollEvent::new(once, u64::from(slot)))?;
+        let writer = Writer::new(pid);
+        self.watched.insert(slot, Watched { read_end, writer, deadline: None, fired: false, unread: true });
+        Ok(())
+    }
+
+    fn unwatch(&mut self, slot: u32) {
+        if let Some(pipe) = self.watched.remove(&slot) {
+            // The agent has the same read end: closing ours would not end the news of it.
+            let _ = self.news.delete(&pipe.read_end);
+        }
+    }
+
+    fn discard(&mut self) {
+        self.watched.values_mut().filter(|pipe| pipe.is_to_be_read()).for_each(Watched::discard);
+    }
+
+    /// Waits until `until` for an order or news of a pipe.
+    fn wait(&mut self, until: Option<Instant>) -> io::Result<()> {
+        let now = Instant::now();
+        let more = self.watched.values().any(Watched::is_to_be_read);
+        let timeout_ms = match until.map(|at| at.saturating_duration_since(now).as_millis() as i32 + 1) {
+            _ if more => 0,
+            None => -1,
+            Some(ms) => ms,
+        };
+        let mut events = [EpollEvent::empty(); 64];
+        let timeout = EpollTimeout::try_from(timeout_ms).unwrap_or(EpollTimeout::ZERO);
+        let ready = match self.news.wait(&mut events, timeout) {
+            Err(nix::Error::EINTR) => 0,
+            outcome => outcome?,
+        };
+        for event in &events[..ready] {
+            if let Some(pipe) = u32::try_from(event.data()).ok().and_then(|slot| self.watched.get_mut(&slot)) {
+                pipe.unread = true;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -370,33 +451,27 @@ pub fn main() -> ! {
 }
 
 fn serve(socket: &OwnedFd) -> io::Result<()> {
-    let mut watched: BTreeMap<u32, Watched> = BTreeMap::new();
+    let mut pipes = Pipes::new(socket)?;
     let mut lines = Lines::default();
     loop {
         let now = Instant::now();
         lines.watched.retain(|_, line| !line.look(now));
-        watched.values_mut().for_each(|pipe| pipe.check_deadline(now));
-        let next = watched.values().filter_map(|pipe| pipe.deadline).min();
-        let mut polled = vec![libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
-        polled.extend(watched.values().filter(|pipe| pipe.is_ours_to_read()).map(|pipe| libc::pollfd {
-            fd: pipe.read_end.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        }));
-        let timeout_ms = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as i32 + 1);
-        let look_ms = if lines.watched.is_empty() { -1 } else { LOOK_EVERY.as_millis() as i32 };
-        // -1, for ever, is the greatest as an unsigned number.
-        let timeout_ms = (timeout_ms as u32).min(look_ms as u32) as i32;
-        poll(&mut polled, timeout_ms)?;
-        if polled[0].revents != 0 {
-            // Orders first: a `Begin` was sent before the bytes that it keeps for the agent.
-            let (message, _, fd) = receive(socket)?;
+        pipes.watched.values_mut().for_each(|pipe| pipe.check_deadline(now));
+        pipes.discard();
+        let deadline = pipes.watched.values().filter_map(|pipe| pipe.deadline).min();
+        let look_at = (!lines.watched.is_empty()).then(|| now + LOOK_EVERY);
+        pipes.wait([deadline, look_at].into_iter().flatten().min())?;
+        // Orders first, all of them: a `Begin` was sent before the bytes that it keeps for the agent.
+        loop {
+            let (message, fd) = match receive_with(socket, MsgFlags::MSG_DONTWAIT) {
+                Ok((message, _, fd)) => (message, fd),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            };
             if let Some(fd) = lines.handle(message, fd) {
-                handle(socket, &mut watched, message, fd)?;
+                handle(socket, &mut pipes, message, fd)?;
             }
-            continue;
         }
-        watched.values_mut().filter(|pipe| pipe.is_ours_to_read()).for_each(Watched::discard);
     }
 }
 
@@ -430,34 +505,16 @@ impl Lines {
     }
 }
 
-fn poll(polled: &mut [libc::pollfd], timeout_ms: i32) -> io::Result<()> {
-    // SAFETY: the array is live and its length is passed.
-    if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout_ms) } < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-    Ok(())
-}
-
-fn handle(
-    socket: &OwnedFd,
-    watched: &mut BTreeMap<u32, Watched>,
-    message: Message,
-    fd: Option<OwnedFd>,
-) -> io::Result<()> {
+fn handle(socket: &OwnedFd, pipes: &mut Pipes, message: Message, fd: Option<OwnedFd>) -> io::Result<()> {
     let slot = message.slot;
+    let watched = &mut pipes.watched;
     match message.op {
         op if op == Op::Watch as u32 => {
             if let Some(read_end) = fd.filter(|_| watched.len() < MAX_SLOTS) {
-                let writer = Writer::new(message.value as libc::pid_t);
-                watched.insert(slot, Watched { read_end, writer, deadline: None, fired: false, dead: false });
+                pipes.watch(slot, read_end, message.value as libc::pid_t)?;
             }
         }
-        op if op == Op::Unwatch as u32 => {
-            watched.remove(&slot);
-        }
+        op if op == Op::Unwatch as u32 => pipes.unwatch(slot),
         op if op == Op::Begin as u32 => {
             if let Some(pipe) = watched.get_mut(&slot) {
                 pipe.fired = false;
@@ -465,10 +522,13 @@ fn handle(
                 pipe.deadline = Some(Instant::now() + Duration::from_micros(message.value.max(0) as u64));
             }
         }
+        op if op == Op::Check as u32 => {
+            let fired = watched.get(&slot).is_none_or(|pipe| pipe.fired);
+            send(socket, Message::new(Op::Ended, slot, i64::from(fired)), None)?;
+        }
         op if op == Op::End as u32 => {
             let fired = watched.get_mut(&slot).is_none_or(|pipe| {
-                pipe.deadline = None;
-                pipe.writer.usual();
+                pipe.is_ours();
                 std::mem::take(&mut pipe.fired)
             });
             send(socket, Message::new(Op::Ended, slot, i64::from(fired)), None)?;
@@ -532,7 +592,7 @@ fn perform(socket: &OwnedFd, message: Message) -> io::Result<()> {
     };
     let outcome = match message.op {
         op if op == Op::InjectUserfaultfd as u32 => target.userfaultfd().map(|fd| (0, Some(fd))),
-        op if op == Op::InjectPipe as u32 => target.pipe().map(|pipe| (pipe.write_fd, Some(pipe.read_end))),
+        op if op == Op::InjectPipe as u32 => target.pipe().map(|pipe| (pipe.path_fd, Some(pipe.read_end))),
         _ => target.close(message.value as i32).map(|()| (0, None)),
     };
     match outcome {

@@ -56,6 +56,8 @@ pub enum InjectError {
     Busy { pid: pid_t },
     #[error("process {pid} ended")]
     Gone { pid: pid_t },
+    #[error("process {pid}: an argument is longer than {SCRATCH_BYTES} bytes")]
+    TooLong { pid: pid_t },
     #[error("process {pid}: {call} failed: {source}")]
     Call { pid: pid_t, call: &'static str, source: io::Error },
 }
@@ -74,12 +76,13 @@ pub struct Target {
     restore_rt: u64,
 }
 
-/// What `pipe2` in the other process gave.
+/// A pipe that the other process made.
 #[derive(Debug)]
 pub struct RemotePipe {
     pub read_end: OwnedFd,
-    /// Number of the write end in the other process.
-    pub write_fd: i32,
+    /// Number of a descriptor of the other process that stands for the pipe without being an end of it (O_PATH): under
+    /// `/proc/self/fd` that process opens the write end by it, and we see when it has closed that again.
+    pub path_fd: i32,
 }
 
 impl Target {
@@ -103,7 +106,7 @@ impl Target {
     pub fn userfaultfd(&self) -> Result<OwnedFd, InjectError> {
         const UFFD_USER_MODE_ONLY: u64 = 1;
         let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
-        let attempt = |flags| self.call("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0], |_| Ok(()));
+        let attempt = |flags| self.call("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0], &[], |_| Ok(()));
         // An unprivileged QEMU may have one for faults of user mode only; write protection in async mode is resolved
         // by the kernel whoever writes, so nothing is missed.
         let (number, ()) = match attempt(flags) {
@@ -126,15 +129,19 @@ impl Target {
             Ok((word(0), word(4)))
         };
         let (_, (read_fd, write_fd)) =
-            self.call("pipe2", libc::SYS_pipe2, [SCRATCH, libc::O_CLOEXEC as u64, 0], read_array)?;
+            self.call("pipe2", libc::SYS_pipe2, [SCRATCH, libc::O_CLOEXEC as u64, 0], &[], read_array)?;
         let read_end = self.take_fd(read_fd);
         self.close(read_fd)?;
-        Ok(RemotePipe { read_end: read_end?, write_fd })
+        let path = format!("/proc/self/fd/{write_fd}\0");
+        let args = [libc::AT_FDCWD as u64, SCRATCH, (libc::O_PATH | libc::O_CLOEXEC) as u64];
+        let opened = self.call("openat", libc::SYS_openat, args, path.as_bytes(), |_| Ok(()));
+        self.close(write_fd)?;
+        Ok(RemotePipe { read_end: read_end?, path_fd: opened?.0 as i32 })
     }
 
     /// Closes a descriptor of the other process.
     pub fn close(&self, fd: i32) -> Result<(), InjectError> {
-        self.call("close", libc::SYS_close, [fd as u64, 0, 0], |_| Ok(())).map(|_| ())
+        self.call("close", libc::SYS_close, [fd as u64, 0, 0], &[], |_| Ok(())).map(|_| ())
     }
 
     /// Our own copy of a descriptor of the other process.
@@ -149,12 +156,13 @@ impl Target {
     }
 
     /// Makes the main thread call `number`; an argument equal to [`SCRATCH`] becomes the address of 64 scratch
-    /// bytes, which `read_result` may read before the thread goes on.
+    /// bytes, which begin with `input`, and which `read_result` may read before the thread goes on.
     fn call<T>(
         &self,
         name: &'static str,
         number: c_long,
         args: [u64; 3],
+        input: &[u8],
         read_result: impl Fn(u64) -> io::Result<T>,
     ) -> Result<(i64, T), InjectError> {
         let pid = self.pid;
@@ -170,7 +178,7 @@ impl Target {
                 std::thread::sleep(Duration::from_micros(500));
                 continue;
             }
-            let scratch = self.prepare(&traced, &registers, number, args)?;
+            let scratch = self.prepare(&traced, &registers, (number, args), input)?;
             let result = traced.finish_system_call()?;
             if result < 0 {
                 let source = io::Error::from_raw_os_error(-result as i32);
@@ -186,10 +194,12 @@ impl Target {
         &self,
         traced: &Traced,
         registers: &user_regs_struct,
-        number: c_long,
-        args: [u64; 3],
+        (number, args): (c_long, [u64; 3]),
+        input: &[u8],
     ) -> Result<u64, InjectError> {
         let pid = self.pid;
+        let mut filled = [0; SCRATCH_BYTES];
+        filled.get_mut(..input.len()).ok_or(InjectError::TooLong { pid })?.copy_from_slice(input);
         let frame_at = (registers.rsp - RED_ZONE - FRAME_ROOM) & !63;
         // The return slot sits 8 bytes before an aligned ucontext; then the FXSAVE image; then scratch.
         let context_at = frame_at + 64;
@@ -200,7 +210,7 @@ impl Target {
         let write = |bytes: &[u8], at: u64| self.memory.write_all_at(bytes, at).map_err(os(pid, "writing its stack"));
         write(as_bytes(&fpstate), fpstate_at)?;
         write(as_bytes(&context), context_at)?;
-        write(&[0; 64], scratch)?;
+        write(&filled, scratch)?;
         write(&self.restore_rt.to_le_bytes(), context_at - 8)?;
         let arg = |value: u64| if value == SCRATCH { scratch } else { value };
         let mut calling = *registers;
@@ -218,6 +228,7 @@ impl Target {
 
 /// Stands for the address of the scratch bytes in the arguments of a call.
 const SCRATCH: u64 = u64::MAX - 0x5ca7;
+const SCRATCH_BYTES: usize = 64;
 
 fn in_system_call(registers: &user_regs_struct) -> bool {
     registers.cs == USER_CS_64 && (registers.orig_rax as i64) >= 0
@@ -475,12 +486,16 @@ mod tests {
         for _ in 0..50 {
             let pipe = target.pipe().unwrap();
             let mut reader = fs::File::from(pipe.read_end);
-            let path = format!("/proc/{}/fd/{}", child.id(), pipe.write_fd);
-            std::io::Write::write_all(&mut fs::File::options().write(true).open(path).unwrap(), b"hello").unwrap();
-            let mut bytes = [0; 5];
-            reader.read_exact(&mut bytes).unwrap();
-            assert_eq!(&bytes, b"hello");
-            target.close(pipe.write_fd).unwrap();
+            let path = format!("/proc/{}/fd/{}", child.id(), pipe.path_fd);
+            for text in ["hello", "again"] {
+                std::io::Write::write_all(&mut fs::File::options().write(true).open(&path).unwrap(), text.as_bytes())
+                    .unwrap();
+                // To the end: the writer's closing is seen.
+                let mut read = String::new();
+                reader.read_to_string(&mut read).unwrap();
+                assert_eq!(read, text);
+            }
+            target.close(pipe.path_fd).unwrap();
         }
         // Still alive and at work: it writes its dots.
         let mut dots = [0; 10];

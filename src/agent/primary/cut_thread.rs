@@ -44,6 +44,8 @@ impl CutThread {
                     Order::Collect => answer(CutAnswer::Collected(cutter.collect())),
                     Order::SetGuard(guard) => cutter.set_guard(guard),
                 }
+                // A guard that is lost fails the next order as well.
+                let _ = cutter.finish();
             }
         })?;
         Ok(Self { orders })
