@@ -384,6 +384,8 @@ fn find_and_remove(hypervisor: &Arc<Hypervisor>, folder: &Path) {
             assert!(promotion.warnings.is_empty(), "{:?}", promotion.warnings);
             "promoted"
         }
+        // It was quicker than its death.
+        Adopted::None if hypervisor.lookup(GUEST).is_ok() => "finished",
         Adopted::None => "none",
     };
     println!("outcome: {outcome}");

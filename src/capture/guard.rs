@@ -62,9 +62,22 @@ struct Inner {
     socket: OwnedFd,
     child: Child,
     next_slot: u32,
+    /// An answer did not come, or not the one that was asked for: later ones would be taken for others.
+    out_of_step: bool,
 }
 
 impl Inner {
+    fn answer(&mut self) -> Result<(Message, String, Option<OwnedFd>), GuardError> {
+        let received = receive(&self.socket);
+        self.out_of_step |= received.is_err();
+        received.map_err(GuardError::Lost)
+    }
+
+    fn unexpected(&mut self, what: &str) -> GuardError {
+        self.out_of_step = true;
+        GuardError::Lost(io::Error::other(format!("its answer is not the one to {what}")))
+    }
+
     fn new_slot(&mut self) -> u32 {
         let slot = self.next_slot;
         self.next_slot = slot.wrapping_add(1);
@@ -95,7 +108,7 @@ impl Guard {
 
     pub fn start_program(command: Command) -> Result<Self, GuardError> {
         let (socket, child) = companion::start(command, "guard").map_err(GuardError::Start)?;
-        let inner = Inner { socket, child, next_slot: 0 };
+        let inner = Inner { socket, child, next_slot: 0, out_of_step: false };
         let within = nix::sys::time::TimeVal::new(ANSWER_WITHIN.as_secs() as _, ANSWER_WITHIN.subsec_micros() as _);
         let guard = Self { inner: Mutex::new(inner) };
         nix::sys::socket::setsockopt(&guard.lock().socket, nix::sys::socket::sockopt::ReceiveTimeout, &within)
@@ -103,9 +116,10 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Whether the guard process still runs.
+    /// Whether the guard process still runs and answers what it is asked.
     pub fn is_alive(&self) -> bool {
-        self.lock().child.try_wait().is_ok_and(|status| status.is_none())
+        let mut inner = self.lock();
+        !inner.out_of_step && inner.child.try_wait().is_ok_and(|status| status.is_none())
     }
 
     /// Process number, for logs and tests.
@@ -152,33 +166,35 @@ impl Guard {
     }
 
     fn ask_whether_fired(&self, op: Op, slot: Slot) -> Result<bool, GuardError> {
-        let inner = self.lock();
+        let mut inner = self.lock();
         send(&inner.socket, Message::new(op, slot.0, 0), None).map_err(GuardError::Lost)?;
-        let (message, _, _) = receive(&inner.socket).map_err(GuardError::Lost)?;
-        if message.op != Op::Ended as u32 {
-            return Err(GuardError::Lost(io::Error::other("unexpected answer")));
+        let (message, _, _) = inner.answer()?;
+        if (message.op, message.slot) != (Op::Ended as u32, slot.0) {
+            return Err(inner.unexpected("this cut"));
         }
         Ok(message.value != 0)
     }
 
     /// Makes process `pid` perform a call, see [`super::inject`].
     pub fn inject(&self, pid: i32, injection: Injection) -> Result<Injected, GuardError> {
-        let inner = self.lock();
+        let mut inner = self.lock();
         let (op, value) = match injection {
             Injection::Userfaultfd => (Op::InjectUserfaultfd, 0),
             Injection::Pipe => (Op::InjectPipe, 0),
             Injection::Close(fd) => (Op::InjectClose, i64::from(fd)),
         };
         send(&inner.socket, Message::new(op, pid as u32, value), None).map_err(GuardError::Lost)?;
-        let (message, text, fd) = receive(&inner.socket).map_err(GuardError::Lost)?;
-        if message.op != Op::Injected as u32 {
-            return Err(GuardError::Injection(text));
+        let (message, text, fd) = inner.answer()?;
+        match message.op {
+            op if op == Op::Injected as u32 => {}
+            op if op == Op::InjectFailed as u32 => return Err(GuardError::Injection(text)),
+            _ => return Err(inner.unexpected("an injection")),
         }
         match (injection, fd) {
             (Injection::Userfaultfd, Some(fd)) => Ok(Injected::Userfaultfd(fd)),
             (Injection::Pipe, Some(read_end)) => Ok(Injected::Pipe { read_end, path_fd: message.value as i32 }),
             (Injection::Close(_), None) => Ok(Injected::Closed),
-            _ => Err(GuardError::Injection("the guard's answer lacks its descriptor".into())),
+            _ => Err(inner.unexpected("this injection")),
         }
     }
 
@@ -260,7 +276,13 @@ fn send_text(socket: &OwnedFd, message: Message, text: &str, fd: Option<Borrowed
 }
 
 fn receive(socket: &OwnedFd) -> io::Result<(Message, String, Option<OwnedFd>)> {
-    receive_with(socket, MsgFlags::empty())
+    loop {
+        match receive_with(socket, MsgFlags::empty()) {
+            // As when this process was stopped and goes on: the answer is still to come.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
 }
 
 fn receive_with(socket: &OwnedFd, flags: MsgFlags) -> io::Result<(Message, String, Option<OwnedFd>)> {
@@ -466,6 +488,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
             let (message, fd) = match receive_with(socket, MsgFlags::MSG_DONTWAIT) {
                 Ok((message, _, fd)) => (message, fd),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
             if let Some(fd) = lines.handle(message, fd) {
@@ -601,5 +624,36 @@ fn perform(socket: &OwnedFd, message: Message) -> io::Result<()> {
             send(socket, Message::new(Op::Injected, 0, i64::from(value)), fd)
         }
         Err(error) => failed(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::thread::JoinHandleExt;
+
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    extern "C" fn nothing(_: libc::c_int) {}
+
+    #[test]
+    fn an_interrupted_wait_goes_on_for_its_answer() {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        // SAFETY: the handler does nothing.
+        unsafe {
+            let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+            sigaction(Signal::SIGUSR1, &action).unwrap();
+        }
+        let waiting = std::thread::spawn(move || receive(&ours).map(|(message, _, _)| message.value));
+        for _ in 0..20 {
+            // SAFETY: the thread has not been joined.
+            unsafe { libc::pthread_kill(waiting.as_pthread_t(), libc::SIGUSR1) };
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        send(&theirs, Message::new(Op::Ended, 0, 7), None).unwrap();
+        assert_eq!(waiting.join().unwrap().unwrap(), 7);
     }
 }
