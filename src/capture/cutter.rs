@@ -33,6 +33,7 @@ use vmsync::units::{PAGE_SIZE, PageAddr};
 use super::crew::{self, Crew};
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
+use super::priority;
 use super::tracker::{LiveReads, Tracker, TrackerError};
 use crate::disk::DiskProblem;
 use crate::disk::line::waiting_bytes;
@@ -553,6 +554,7 @@ impl MonitorThread {
         let done = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
         let signal = Arc::clone(&done);
         std::thread::Builder::new().name("cut-monitor".into()).spawn(move || {
+            priority::hurry();
             while let Ok(command) = orders.recv() {
                 let result = call(&command);
                 if results.send(result).is_err() || signal.write(1).is_err() {

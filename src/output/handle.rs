@@ -16,7 +16,7 @@ use vmsync::output::Mark;
 
 use super::filters;
 use super::wire::{self, Figures, Order, Setting, Word};
-use crate::capture::companion;
+use crate::capture::{companion, priority};
 use crate::hypervisor::xml::{OutputNic, XmlError, output_nics};
 use crate::hypervisor::{Domain, HypervisorError, XmlKind};
 
@@ -134,6 +134,7 @@ impl Gate {
             let (control, stop, find) = (Arc::clone(&control), Arc::clone(&stop), Arc::clone(&find));
             let leaving = Arc::clone(&leaving);
             std::thread::Builder::new().name("gate".into()).spawn(move || {
+                priority::hurry();
                 let lost = watch(&control, &stop, &leaving, &news);
                 child.end();
                 if lost {

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::time::ClockId;
 use vmsync::batch::PageBatch;
 use vmsync::codec::MirrorBudget;
 use vmsync::message::RefuseCode;
@@ -34,6 +33,7 @@ use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
+use crate::capture::priority::thread_cpu;
 use crate::capture::tracker::LiveReads;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
@@ -723,11 +723,6 @@ fn paced_by(binding: Binding) -> &'static str {
         Binding::Wire => "wire",
         Binding::Cpu => "cpu",
     }
-}
-
-/// Processor time of this thread so far.
-fn thread_cpu() -> Duration {
-    ClockId::CLOCK_THREAD_CPUTIME_ID.now().map_or(Duration::ZERO, Duration::from)
 }
 
 /// As much as the guest has, or more, is all of it: the source takes no more than that.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use vmsync::message::{TargetBody, TargetMessage};
 use vmsync::wire::{Decoder, WireError};
 
+use crate::capture::priority::Brisk;
 use crate::transport::Security;
 use crate::transport::stream::{Closer, ReadHalf, Stream, WriteHalf};
 
@@ -142,7 +143,9 @@ fn run_connection(shared: &Arc<Shared>, stream: Stream, sink: &PeerSink) -> Stri
 fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
     let mut decoder = Decoder::<TargetBody>::new();
     let mut buffer = vec![0u8; 64 << 10];
+    let mut brisk = Brisk::this_thread();
     loop {
+        brisk.look();
         match stream.read(&mut buffer) {
             Ok(0) => return "the connection was closed".into(),
             Ok(read) => decoder.push(&buffer[..read]),
@@ -164,7 +167,9 @@ fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
 }
 
 fn write_all(mut stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
+    let mut brisk = Brisk::this_thread();
     while let Ok(bytes) = queued.recv() {
+        brisk.look();
         if stream.write_all(&bytes).is_err() {
             // The reader tells the reason; ending the socket makes it look.
             stream.shutdown(Shutdown::Both);

@@ -25,6 +25,7 @@ use crate::agent::primary::cut_thread::CutAnswer;
 use crate::agent::primary::watch::{DomainWatch, Seen};
 use crate::api::control::{GuestEvent, PrimaryStatus, Role};
 use crate::api::types::{ApiError, VerifyReport};
+use crate::capture::priority::Brisk;
 use crate::hypervisor::HypervisorEvent;
 use crate::output::News;
 
@@ -160,7 +161,9 @@ impl Session {
             }),
         );
         tracing::info!(guest = self.spec.domain, term = self.spec.term, "protecting");
+        let mut brisk = Brisk::this_thread();
         let end = loop {
+            brisk.look();
             if let Some(end) = self.turn(received) {
                 break end;
             }

@@ -15,6 +15,7 @@ use vmsync::wire::{Decoder, encode};
 use super::Shadows;
 use super::slot::Slot;
 use crate::api::control::GuestRecord;
+use crate::capture::priority::Brisk;
 use crate::transport::PeerIdentity;
 use crate::transport::stream::{Closer, ReadHalf, Stream, WriteHalf};
 
@@ -98,7 +99,9 @@ pub(super) fn serve(shadows: &Arc<Shadows>, socket: TcpStream, from: SocketAddr,
 }
 
 fn write_all(mut stream: WriteHalf, received: &Receiver<Arc<[u8]>>, waiting: &AtomicUsize) {
+    let mut brisk = Brisk::this_thread();
     while let Ok(bytes) = received.recv() {
+        brisk.look();
         waiting.fetch_sub(1, Ordering::Relaxed);
         if stream.write_all(&bytes).is_err() {
             break;
@@ -121,6 +124,7 @@ fn read_all(
     let mut answers = Some(answers);
     let greeted_by = Instant::now() + HELLO_WITHIN;
     let _ = stream.set_timeout(Some(HELLO_WITHIN));
+    let mut brisk = Brisk::this_thread();
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return slot,
@@ -129,6 +133,7 @@ fn read_all(
             Err(_) => return slot,
         }
         loop {
+            brisk.look();
             match (decoder.next(), &slot) {
                 (Ok(Some(message)), Some(slot)) => slot.received(conn, message),
                 (Ok(Some(message)), None) => {
