@@ -18,8 +18,8 @@ fn rounds() -> u32 {
 
 fn guest(disk: &str) -> GuestOptions {
     let workload = "dirty:500".parse().unwrap();
-    let disk = Some(disk.parse().unwrap());
-    GuestOptions { memory_mib: 160, workload, disk, ..GuestOptions::new(GUEST, "host1") }
+    let disks = vec![disk.parse().unwrap()];
+    GuestOptions { memory_mib: 160, workload, disks, ..GuestOptions::new(GUEST, "host1") }
 }
 
 fn raise(name: &str, hosts: u8, user: QemuUser, disk: &str) -> Bed {

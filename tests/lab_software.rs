@@ -16,7 +16,7 @@ fn lab(name: &str) -> Lab {
 fn start(lab: &Lab, workload: &str) -> StartedGuest {
     let mut options = GuestOptions::new(workload, "host1");
     options.workload = workload.parse().unwrap();
-    options.memory_mib = options.workload.default_memory_mib();
+    options.memory_mib = options.workload.default_memory_mib(false);
     lab.guest(&options, true).unwrap()
 }
 

@@ -150,7 +150,7 @@ fn redis_loses_nothing_that_was_acknowledged() {
     fleet.wait_hosts(3, BACK_WITHIN).unwrap();
     let mut options = GuestOptions::new("redis", "host1");
     options.workload = "redis".parse().unwrap();
-    options.memory_mib = options.workload.default_memory_mib();
+    options.memory_mib = options.workload.default_memory_mib(false);
     let guest = lab.guest(&options, true).unwrap();
     let consistency = output_commit(Quorum::All, OnLoss::Consistency);
     fleet.enable_with("redis", "host1", 1, INTERVAL, consistency).unwrap();

@@ -92,7 +92,7 @@ enum LabCommand {
         /// Host to start it on
         #[arg(long, value_name = "H")]
         host: String,
-        /// Memory in MiB; 256 if not given, 1024 with redis, postgres or gcc
+        /// Memory in MiB; 256 if not given, 1024 with redis, postgres or gcc (384 for a database on a disk)
         #[arg(long, value_name = "MIB")]
         memory: Option<u32>,
         /// Virtual CPUs
@@ -100,7 +100,8 @@ enum LabCommand {
         cpus: u32,
         /// What it does: idle, counter (CPU), dirty:RATE (pages/s written and checked), random[:RATE] (the
         /// same, incompressible), busy[:RATE] (counter and dirty); a region other than 64 MiB: dirty:RATE:MIB. Or real
-        /// software under load: redis, postgres, gcc (packages are downloaded the first time)
+        /// software under load: redis, postgres, gcc (packages are downloaded the first time); with a disk, redis and
+        /// postgres keep their data there and leave the load to clients
         #[arg(long, default_value = "idle", value_name = "WORKLOAD")]
         workload: Workload,
         /// Machine type
@@ -109,9 +110,10 @@ enum LabCommand {
         /// Where QEMU takes the guest's memory from
         #[arg(long, default_value = "anonymous", value_name = "KIND")]
         backing: Backing,
-        /// Give it a disk with an ext4 file system, on which it writes and checks fsync'd records
+        /// Give it a disk with an ext4 file system, on which it writes and checks fsync'd records, or has its data;
+        /// twice for two disks
         #[arg(long, value_name = "MIB[:raw|qcow2]")]
-        disk: Option<GuestDisk>,
+        disk: Vec<GuestDisk>,
         /// Create it without a definition that outlives it
         #[arg(long)]
         transient: bool,
@@ -271,7 +273,7 @@ impl Cli {
                 no_wait,
             } => {
                 let balloon = !no_balloon;
-                let memory_mib = memory.unwrap_or_else(|| workload.default_memory_mib());
+                let memory_mib = memory.unwrap_or_else(|| workload.default_memory_mib(!disk.is_empty()));
                 let options = GuestOptions {
                     name: guest,
                     host,
@@ -280,7 +282,7 @@ impl Cli {
                     workload,
                     machine,
                     backing,
-                    disk,
+                    disks: disk,
                     transient,
                     balloon,
                 };
@@ -334,7 +336,7 @@ impl Cli {
                 return Err(LabError::system("run nsenter")(error));
             }
             LabCommand::Image { workload } => {
-                let image = image::ensure(workload.software(), &|line| eprintln!("{line}"))?;
+                let image = image::ensure(workload.software(), false, &|line| eprintln!("{line}"))?;
                 print(json, &image, || format!("{}\n{}\n", image.kernel.display(), image.initrd.display()));
             }
             LabCommand::NodeInit { spec } => match init::run(&spec)? {},

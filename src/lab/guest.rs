@@ -1,6 +1,7 @@
 //! Guests of a lab: their libvirt definition.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::Serialize;
@@ -21,6 +22,10 @@ const SYSTEM_MIB: u32 = 80;
 const MEMORY_DEFAULT_MIB: u32 = 256;
 /// For packages unpacked in memory, what they work on, and room.
 const SOFTWARE_MIB: u32 = 1024;
+/// The same where what they work on is on a disk.
+const SOFTWARE_WITH_DISK_MIB: u32 = 384;
+/// For what a software's data begins with, and room for a long test.
+const SOFTWARE_DISK_MIN_MIB: u32 = 256;
 const REGION_DEFAULT_MIB: u32 = 64;
 const GUESTS_MAX: u16 = 4096;
 /// Root ports beyond those of the guest's own devices, for NICs to hot-plug. Each costs loading time of a shadow.
@@ -61,12 +66,17 @@ impl Workload {
     }
 
     /// Memory of a guest that was not told another size.
-    pub fn default_memory_mib(&self) -> u32 {
-        if self.software.is_some() { SOFTWARE_MIB } else { MEMORY_DEFAULT_MIB }
+    pub fn default_memory_mib(&self, with_disk: bool) -> u32 {
+        if self.software.is_some() { self.needed_mib(with_disk) } else { MEMORY_DEFAULT_MIB }
     }
 
-    fn needed_mib(&self) -> u32 {
-        if self.software.is_some() { SOFTWARE_MIB } else { self.region_mib.saturating_add(SYSTEM_MIB) }
+    fn needed_mib(&self, with_disk: bool) -> u32 {
+        match (self.software, with_disk) {
+            // It compiles into memory in any case.
+            (Some(Software::Redis | Software::Postgres), true) => SOFTWARE_WITH_DISK_MIB,
+            (Some(_), _) => SOFTWARE_MIB,
+            (None, _) => self.region_mib.saturating_add(SYSTEM_MIB),
+        }
     }
 }
 
@@ -108,8 +118,8 @@ impl FromStr for Workload {
     }
 }
 
-/// A disk with an ext4 file system, on which every workload writes and checks numbered records; written
-/// `MIB[:raw|qcow2]`.
+/// A disk with an ext4 file system, on which databases have their data, and every other workload writes and checks
+/// numbered records; written `MIB[:raw|qcow2]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestDisk {
     pub mib: u32,
@@ -120,22 +130,27 @@ pub struct GuestDisk {
 pub const DISK_DIR: &str = "/var/lib/libvirt/images";
 const DISK_MIN_MIB: u32 = 16;
 const DISK_MAX_MIB: u32 = 64 * 1024;
+/// As /disk and /disk2 in the guest.
+const DISKS_MAX: usize = 2;
 
 impl GuestDisk {
     pub fn format(self) -> &'static str {
         if self.qcow2 { "qcow2" } else { "raw" }
     }
 
-    pub fn path(self, guest: &str) -> String {
-        format!("{DISK_DIR}/{guest}.{}", self.format())
+    /// Of a guest's disk with that number, from 0.
+    pub fn path(self, guest: &str, number: usize) -> String {
+        let number = if number == 0 { String::new() } else { format!(".{}", number + 1) };
+        format!("{DISK_DIR}/{guest}{number}.{}", self.format())
     }
 
-    /// Makes the disk where it runs.
-    pub(super) fn script(self, guest: &str) -> String {
-        let (mib, format, path) = (self.mib, self.format(), self.path(guest));
+    /// Makes the disk where it runs, with the contents of a folder, if any.
+    pub(super) fn script(self, guest: &str, number: usize, contents: Option<&Path>) -> String {
+        let (mib, format, path) = (self.mib, self.format(), self.path(guest, number));
+        let contents = contents.map(|folder| format!("-d '{}'", folder.display())).unwrap_or_default();
         format!(
             "set -e; mkdir -p {DISK_DIR}; rm -f {path} {path}.new; truncate -s {mib}M {path}.new; \
-             mkfs.ext4 -q -F -b 4096 {path}.new; \
+             mkfs.ext4 -q -F -b 4096 {contents} {path}.new; \
              if [ {format} = raw ]; then mv {path}.new {path}; \
              else qemu-img convert -q -f raw -O qcow2 {path}.new {path}; rm {path}.new; fi"
         )
@@ -164,7 +179,7 @@ pub struct GuestOptions {
     pub workload: Workload,
     pub machine: Machine,
     pub backing: Backing,
-    pub disk: Option<GuestDisk>,
+    pub disks: Vec<GuestDisk>,
     /// Gone when it ends: created, not defined.
     pub transient: bool,
     /// With a virtio balloon, as libvirt adds one where a definition says nothing.
@@ -182,7 +197,7 @@ impl GuestOptions {
             workload: Workload::idle(),
             machine: Machine::Q35,
             backing: Backing::Anonymous,
-            disk: None,
+            disks: Vec::new(),
             transient: false,
             balloon: true,
         }
@@ -204,10 +219,19 @@ impl GuestOptions {
         if !(1..=CPUS_MAX).contains(&self.cpus) {
             return invalid("cpus", self.cpus.to_string(), format!("a lab guest has 1 to {CPUS_MAX}"));
         }
-        let needed = self.workload.needed_mib();
+        let needed = self.workload.needed_mib(!self.disks.is_empty());
         if needed > self.memory_mib {
             let reason = format!("needs a guest of {needed} MiB or more, not {}", self.memory_mib);
             return invalid("workload", self.workload.to_string(), reason);
+        }
+        if self.disks.len() > DISKS_MAX {
+            return invalid("disks", self.disks.len().to_string(), format!("a lab guest has at most {DISKS_MAX}"));
+        }
+        if let (Some(_), Some(disk)) = (self.workload.software(), self.disks.first())
+            && disk.mib < SOFTWARE_DISK_MIN_MIB
+        {
+            let reason = format!("{} needs a disk of {SOFTWARE_DISK_MIN_MIB} MiB or more", self.workload);
+            return invalid("disk", disk.mib.to_string(), reason);
         }
         Ok(())
     }
@@ -243,7 +267,7 @@ impl GuestOptions {
     pub fn xml(&self, guest: &GuestState, image: &GuestImage) -> String {
         let (machine, controllers) = match self.machine {
             Machine::Q35 => {
-                let ports = 1 + usize::from(self.balloon) + usize::from(self.disk.is_some()) + SPARE_ROOT_PORTS;
+                let ports = 1 + usize::from(self.balloon) + self.disks.len() + SPARE_ROOT_PORTS;
                 let port = "<controller type='pci' model='pcie-root-port'/>\n    ";
                 ("q35", format!("<controller type='pci' index='0' model='pcie-root'/>\n    {}", port.repeat(ports)))
             }
@@ -254,14 +278,16 @@ impl GuestOptions {
             Backing::Memfd => "\n  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
         };
         let balloon = if self.balloon { "virtio" } else { "none" };
-        let disk = self.disk.map_or(String::new(), |disk| {
+        let disk = |(number, disk): (usize, &GuestDisk)| {
             format!(
                 "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
-                 <target dev='vda' bus='virtio'/></disk>\n    ",
+                 <target dev='vd{}' bus='virtio'/></disk>\n    ",
                 disk.format(),
-                disk.path(&self.name)
+                disk.path(&self.name, number),
+                if number == 0 { 'a' } else { 'b' },
             )
-        });
+        };
+        let disks: String = self.disks.iter().enumerate().map(disk).collect();
         let Self { name, memory_mib, cpus, workload, .. } = self;
         let GuestState { uuid, ip, mac, .. } = guest;
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
@@ -284,7 +310,7 @@ lab.workload={workload}</cmdline>
   <on_crash>destroy</on_crash>
   <devices>
     {controllers}<controller type='usb' model='none'/>
-    {disk}<interface type='bridge'>
+    {disks}<interface type='bridge'>
       <mac address='{mac}'/>
       <source bridge='{HOST_BRIDGE}'/>
       <model type='virtio'/>
@@ -358,8 +384,15 @@ mod tests {
         options.check().unwrap();
         options.workload = "postgres".parse().unwrap();
         assert!(options.check().unwrap_err().to_string().contains("1024 MiB"));
-        options.memory_mib = options.workload.default_memory_mib();
+        options.memory_mib = options.workload.default_memory_mib(false);
         options.check().unwrap();
+        options.memory_mib = options.workload.default_memory_mib(true);
+        options.disks = vec!["64".parse().unwrap()];
+        assert!(options.check().unwrap_err().to_string().contains("256 MiB"));
+        options.disks = vec!["512".parse().unwrap(); 2];
+        options.check().unwrap();
+        options.disks.push("512".parse().unwrap());
+        assert!(options.check().unwrap_err().to_string().contains("at most 2"));
     }
 
     #[test]

@@ -4,13 +4,17 @@
 //! ```text
 //! kernel-2/              vmlinuz, release, modules/NAME.ko
 //! image-HASH/            initrd: busybox, init, workload, modules
-//!   initrd-NAME-HASH     the same behind the archive of a software (the kernel unpacks one after the other)
+//!   initrd-NAME-HASH     the same behind the archives of a software (the kernel unpacks one after the other)
+//!   disk-NAME-HASH       the same without its data, for guests that have these on their disk
 //! software-NAME-HASH/    archive.cpio: what its recipe takes out of the packages
+//!   data/, data.cpio     the data that its recipe prepared, by its path in the guest
+//!   programs/            the same as in the archive, to be run on this machine (toolbox)
 //! ```
 
 mod cpio;
 mod packages;
 mod software;
+mod toolbox;
 mod tree;
 
 use std::fs::{self, File};
@@ -28,6 +32,7 @@ use super::state::CACHE_ROOT;
 use cpio::{Cpio, Kind};
 pub use software::Software;
 use software::{DATABASE_UID, Recipe};
+pub use toolbox::{HOST_PATH, Toolbox};
 
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// In the order in which they can be loaded; what a kernel has built in is left out.
@@ -47,7 +52,7 @@ const WORKLOAD_SOURCE: &str = include_str!("../../fixtures/guest/workload.rs");
 /// Of making a guest's data: many times what it takes on a busy machine.
 const PREPARE_TIMEOUT_S: &str = "300";
 /// Grows with every change of what is made out of a recipe, so that older archives are not taken for its own.
-const RECIPES_VERSION: u32 = 1;
+const RECIPES_VERSION: u32 = 2;
 const INIT_SCRIPT: &str = include_str!("../../fixtures/guest/init");
 
 /// Files to boot a guest from; they stay where they are.
@@ -55,13 +60,43 @@ const INIT_SCRIPT: &str = include_str!("../../fixtures/guest/init");
 pub struct GuestImage {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// What the file system of the guest's first disk begins with; none: nothing.
+    pub data: Option<PathBuf>,
 }
 
-/// Finds the image in the cache, or makes it (20 s and one download the first time; with software one more).
-pub fn ensure(software: Option<Software>, progress: &dyn Fn(&str)) -> Result<GuestImage> {
+/// Finds the image in the cache, or makes it (20 s and one download the first time; with software one more). `on_disk`:
+/// of a guest that has its data on a disk.
+pub fn ensure(software: Option<Software>, on_disk: bool, progress: &dyn Fn(&str)) -> Result<GuestImage> {
     let cache = Path::new(CACHE_ROOT);
     let base = ensure_base(cache, progress)?;
     let Some(software) = software else { return Ok(base) };
+    let (archive_dir, named) = ensure_software(cache, software, progress)?;
+    let data = software.recipe().data;
+    let in_memory = data.is_some() && !on_disk;
+    let prefix = if data.is_some() && on_disk { "disk" } else { "initrd" };
+    let initrd = base.initrd.with_file_name(format!("{prefix}-{named}"));
+    let _lock = lock(cache, &format!("lock-{software}"))?;
+    if !initrd.is_file() {
+        let part = initrd.with_extension("part");
+        let mut parts = vec![archive_dir.join("archive.cpio")];
+        if in_memory {
+            parts.push(archive_dir.join("data.cpio"));
+        }
+        parts.push(base.initrd.clone());
+        join(&parts, &part).and_then(|()| fs::rename(&part, &initrd)).map_err(LabError::io("write", &initrd))?;
+    }
+    let data = data.filter(|_| on_disk).map(|folder| archive_dir.join("data").join(folder));
+    Ok(GuestImage { initrd, data, ..base })
+}
+
+/// The programs of a software, to be run on this machine.
+pub fn toolbox(software: Software, progress: &dyn Fn(&str)) -> Result<Toolbox> {
+    let (dir, _) = ensure_software(Path::new(CACHE_ROOT), software, progress)?;
+    Ok(Toolbox::new(dir.join("programs")))
+}
+
+/// The folder of what is made out of a recipe, and the part of its name that tells it from others.
+fn ensure_software(cache: &Path, software: Software, progress: &dyn Fn(&str)) -> Result<(PathBuf, String)> {
     // A lock of its own: guests without software need not wait for a download.
     let _lock = lock(cache, &format!("lock-{software}"))?;
     let recipe = software.recipe();
@@ -74,14 +109,7 @@ pub fn ensure(software: Option<Software>, progress: &dyn Fn(&str)) -> Result<Gue
         let say = |line: &str| progress(&format!("{software}: {line}"));
         in_scratch(&archive_dir, |dir| make_software(dir, recipe, &say))?;
     }
-    let initrd = base.initrd.with_file_name(format!("initrd-{named}"));
-    if !initrd.is_file() {
-        let part = initrd.with_extension("part");
-        join(&[&archive_dir.join("archive.cpio"), &base.initrd], &part)
-            .and_then(|()| fs::rename(&part, &initrd))
-            .map_err(LabError::io("write", &initrd))?;
-    }
-    Ok(GuestImage { initrd, ..base })
+    Ok((archive_dir, named))
 }
 
 fn lock(cache: &Path, name: &str) -> Result<Flock<File>> {
@@ -92,7 +120,7 @@ fn lock(cache: &Path, name: &str) -> Result<Flock<File>> {
 }
 
 /// Writes files one after the other into a new one.
-fn join(parts: &[&Path], target: &Path) -> io::Result<()> {
+fn join(parts: &[PathBuf], target: &Path) -> io::Result<()> {
     let mut out = File::create(target)?;
     for part in parts {
         io::copy(&mut File::open(part)?, &mut out)?;
@@ -120,7 +148,7 @@ fn ensure_base(cache: &Path, progress: &dyn Fn(&str)) -> Result<GuestImage> {
         progress("building the guests' image");
         in_scratch(&image_dir, |dir| build_initrd(dir, &kernel_dir, &busybox))?;
     }
-    Ok(GuestImage { kernel, initrd: image_dir.join("initrd") })
+    Ok(GuestImage { kernel, initrd: image_dir.join("initrd"), data: None })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -258,15 +286,29 @@ fn make_software(dir: &Path, recipe: &Recipe, progress: &dyn Fn(&str)) -> Result
         progress("preparing its data");
         prepare(&root, script)?;
     }
-    let path = dir.join("archive.cpio");
-    let mut archive = new_archive(&path)?;
-    archive.tree(&root).and_then(|()| archive.finish()).map_err(LabError::io("write", &path))?;
+    let (data, programs) = (dir.join("data"), dir.join("programs"));
+    if let Some(folder) = recipe.data {
+        let moved = data.join(folder);
+        let parent = moved.parent().unwrap_or(&data);
+        fs::create_dir_all(parent).map_err(LabError::io("create", parent))?;
+        fs::rename(root.join(folder), &moved).map_err(LabError::io("move", &moved))?;
+        write_archive(&dir.join("data.cpio"), &data)?;
+    }
+    write_archive(&dir.join("archive.cpio"), &root)?;
+    fs::rename(&root, &programs).map_err(LabError::io("move", &programs))?;
+    toolbox::furnish(&programs, &read_busybox()?)?;
+    let kept = ["archive.cpio", "data", "data.cpio", "programs"];
     let left = fs::read_dir(dir).map_err(LabError::io("read", dir))?;
-    for entry in left.flatten().map(|e| e.path()).filter(|p| *p != path) {
+    for entry in left.flatten().filter(|e| !kept.iter().any(|name| e.file_name() == *name)).map(|e| e.path()) {
         let removed = if entry.is_dir() { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
         removed.map_err(LabError::io("remove", &entry))?;
     }
     Ok(())
+}
+
+fn write_archive(path: &Path, tree: &Path) -> Result<()> {
+    let mut archive = new_archive(path)?;
+    archive.tree(tree).and_then(|()| archive.finish()).map(drop).map_err(LabError::io("write", path))
 }
 
 /// What is neither in a package nor in the image that all guests have.

@@ -36,7 +36,7 @@ mod status;
 mod watch;
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -45,6 +45,7 @@ use std::time::{Duration, Instant};
 pub use client::{DiskRecords, GUEST_PORT, GuestClient, GuestReply};
 pub use error::{LabError, Result};
 pub use guest::{Backing, GuestDisk, GuestOptions, Machine, StartedGuest, Workload};
+pub use image::Software;
 pub use process::ProcessRef;
 pub use state::{CLIENT, GuestState, LabState, MANAGER, QemuUser};
 pub use status::{LabStatus, NodeReport, Power};
@@ -164,7 +165,8 @@ impl Lab {
     pub fn guest(&self, options: &GuestOptions, wait: bool) -> Result<StartedGuest> {
         options.check()?;
         self.state()?.running(&options.host)?;
-        let image = image::ensure(options.workload.software(), &|line| self.say(line))?;
+        let on_disk = !options.disks.is_empty();
+        let image = image::ensure(options.workload.software(), on_disk, &|line| self.say(line))?;
         let lock = LabLock::acquire(&self.name)?;
         let guest = lock.update(|state| {
             state.host(&options.host)?;
@@ -174,8 +176,7 @@ impl Lab {
         })?;
         let xml = options.xml(&guest, &image);
         let begin = Instant::now();
-        let disk = options.disk.map_or(Ok(()), |disk| self.make_disk(options, disk));
-        let started = if let Err(error) = disk {
+        let started = if let Err(error) = self.make_disks(options, image.data.as_deref()) {
             Err(error)
         } else if options.transient {
             self.virsh_with_input(&options.host, &["create", "/dev/stdin"], &xml)
@@ -200,13 +201,27 @@ impl Lab {
         Ok(StartedGuest { name: options.name.clone(), host: options.host.clone(), uuid, ip, mac, boot_ms })
     }
 
-    fn make_disk(&self, options: &GuestOptions, disk: GuestDisk) -> Result<()> {
-        let output = self.exec(&options.host, &["sh", "-c", &disk.script(&options.name)])?;
-        if output.status.success() {
-            return Ok(());
+    /// The first of them begins with that data.
+    fn make_disks(&self, options: &GuestOptions, data: Option<&Path>) -> Result<()> {
+        for (number, disk) in options.disks.iter().enumerate() {
+            let script = disk.script(&options.name, number, data.filter(|_| number == 0));
+            let output = self.exec(&options.host, &["sh", "-c", &script])?;
+            if !output.status.success() {
+                let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+                return Err(LabError::Product(format!("cannot make a disk of {}: {reason}", options.name)));
+            }
         }
-        let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(LabError::Product(format!("cannot make the disk of {}: {reason}", options.name)))
+        Ok(())
+    }
+
+    /// A script that runs among the programs of a software on this machine, with the folder `work` at /work, at the
+    /// client's place in the network.
+    pub fn at_client_with(&self, software: Software, work: &Path, script: &str) -> Result<Command> {
+        let toolbox = image::toolbox(software, &|line| self.say(line))?;
+        let inner = toolbox.command(work, script);
+        let mut command = self.command(CLIENT, "unshare")?;
+        command.args(inner.get_args()).env_clear().env("PATH", image::HOST_PATH);
+        Ok(command)
     }
 
     /// Waits until the guest's workload answers the client; real software also has to have done some work.

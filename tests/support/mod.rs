@@ -70,11 +70,16 @@ impl Bed {
     }
 
     pub fn raise_guest(options: &LabOptions, shadows: u32, guest: &GuestOptions) -> Self {
+        Self::raise_guest_asked(options, shadows, guest, ASK_EVERY)
+    }
+
+    /// With a client that asks less or more often.
+    pub fn raise_guest_asked(options: &LabOptions, shadows: u32, guest: &GuestOptions, ask_every: Duration) -> Self {
         let (hosts, lab) = (options.hosts, Lab::up(options).unwrap());
         let fleet = Fleet::of(&lab).unwrap();
         fleet.wait_hosts(hosts.into(), Duration::from_secs(30)).unwrap();
         let guest = lab.guest(guest, true).unwrap();
-        let watch = lab.watch(guest.ip, ASK_EVERY).unwrap();
+        let watch = lab.watch(guest.ip, ask_every).unwrap();
         watch.wait_answer_after(Instant::now(), Duration::from_secs(10)).expect("the guest answers");
         Self { lab, fleet, guest, watch, shadows }
     }

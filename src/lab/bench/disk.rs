@@ -44,7 +44,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     fleet.wait_hosts(2, WITHIN)?;
     let options = GuestOptions {
         memory_mib: 512,
-        disk: Some(GuestDisk { mib: DISK_MIB, qcow2: false }),
+        disks: vec![GuestDisk { mib: DISK_MIB, qcow2: false }],
         ..GuestOptions::new(GUEST, "host1")
     };
     let guest = lab.guest(&options, true)?;

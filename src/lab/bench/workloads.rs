@@ -63,7 +63,7 @@ pub(super) fn run(bench: &Bench, names: &[String]) -> Result<()> {
     let cases: Vec<_> = CASES.iter().filter(|case| names.is_empty() || names.iter().any(|n| n == case.name)).collect();
     // All downloads first: a benchmark that ends for lack of a package shall not have run for minutes.
     for case in &cases {
-        image::ensure(case.workload()?.software(), &|line| eprintln!("bench: {line}"))?;
+        image::ensure(case.workload()?.software(), false, &|line| eprintln!("bench: {line}"))?;
         bench.check_interrupt()?;
     }
     cases.iter().try_for_each(|case| match bench.record_dir {

@@ -28,6 +28,8 @@ pub struct Recipe {
     pub run: &'static str,
     /// Run once on this machine inside the tree, cut off from everything else, to make data.
     pub prepare: Option<&'static str>,
+    /// Folder of that data. A guest with a disk has it there, others in memory.
+    pub data: Option<&'static str>,
 }
 
 impl Software {
@@ -62,10 +64,11 @@ impl fmt::Display for Software {
 
 const REDIS: Recipe = Recipe {
     packages: &["redis-server", "redis-tools"],
-    programs: &["usr/bin/redis-server", "usr/bin/redis-cli", "usr/bin/redis-benchmark"],
+    programs: &["usr/bin/redis-server", "usr/bin/redis-cli", "usr/bin/redis-benchmark", "usr/bin/redis-check-aof"],
     folders: &[],
     run: include_str!("../../../fixtures/guest/software/redis"),
     prepare: None,
+    data: None,
 };
 
 const POSTGRES: Recipe = Recipe {
@@ -75,14 +78,17 @@ const POSTGRES: Recipe = Recipe {
         "usr/lib/postgresql/*/bin/initdb",
         "usr/lib/postgresql/*/bin/pg_ctl",
         "usr/lib/postgresql/*/bin/pg_isready",
+        "usr/lib/postgresql/*/bin/pg_amcheck",
         "usr/lib/postgresql/*/bin/pgbench",
         "usr/lib/postgresql/*/bin/psql",
+        "usr/lib/postgresql/*/lib/amcheck.so",
         "usr/lib/postgresql/*/lib/dict_snowball.so",
         "usr/lib/postgresql/*/lib/plpgsql.so",
     ],
     folders: &["usr/share/postgresql"],
     run: include_str!("../../../fixtures/guest/software/postgres"),
     prepare: Some(include_str!("../../../fixtures/guest/software/postgres-prepare")),
+    data: Some("var/lib/postgresql"),
 };
 
 const GCC: Recipe = Recipe {
@@ -91,4 +97,5 @@ const GCC: Recipe = Recipe {
     folders: &["usr/lib/gcc/x86_64-linux-gnu/*/include", "usr/include"],
     run: include_str!("../../../fixtures/guest/software/gcc"),
     prepare: None,
+    data: None,
 };

@@ -158,6 +158,7 @@ mod tests {
         folders: &["usr/share/tool"],
         run: "",
         prepare: None,
+        data: None,
     };
 
     /// Scripts only: no loader is asked.
