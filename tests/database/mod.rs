@@ -158,6 +158,11 @@ impl Clients {
         self.acknowledged.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The database has these numbers, which a client may not have been told of.
+    pub fn begin_at(&self, numbers: &[u64]) {
+        numbers.iter().enumerate().for_each(|(client, number)| self.of(client).number = *number);
+    }
+
     /// Writes acknowledged in all.
     pub fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::Relaxed)
@@ -173,21 +178,41 @@ pub struct Site {
 }
 
 impl Site {
-    pub fn raise(name: &str, software: Software, disks: &[&str], mode: ConsistencyMode) -> Self {
-        let options = LabOptions { hosts: HOSTS, racks: HOSTS, ..LabOptions::for_test(name) };
+    pub fn raise(software: Software, disks: &[&str]) -> Self {
+        let name = format!("disk-{software}");
+        let options = LabOptions { hosts: HOSTS, racks: HOSTS, ..LabOptions::for_test(&name) };
         let mut guest = GuestOptions::new(GUEST, "host1");
         guest.workload = software.name().parse().unwrap();
         guest.memory_mib = guest.workload.default_memory_mib(true);
         guest.disks = disks.iter().map(|disk| disk.parse().unwrap()).collect();
-        let bed = Bed::raise_guest_asked(&options, 1, &guest, Duration::from_millis(100));
+        let bed = Bed::raise_guest_asked(&options, 1, &guest, Duration::from_millis(50));
         let work = std::env::temp_dir().join(format!("virt-shadow-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&work).unwrap();
-        bed.fleet.enable_with(GUEST, "host1", 1, INTERVAL, consistency(mode)).unwrap();
         Self { bed, software, work, disks: disks.len() }
     }
 
     pub fn lab(&self) -> &Lab {
         &self.bed.lab
+    }
+
+    /// A connection to the database, for which a guest on a busy machine gets its time. Closed, it is gone at once: a
+    /// request that was not answered must not be sent again to the next primary.
+    fn connect(&self, port: u16) -> TcpStream {
+        let began = Instant::now();
+        let stream = loop {
+            match self.lab().connect_from_client(self.bed.guest.ip, port) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(began.elapsed() < ANSWER_WITHIN, "{error}"),
+            }
+        };
+        stream.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        stream
+    }
+
+    pub fn protect(&self, mode: ConsistencyMode) {
+        let host = self.bed.fleet.info(GUEST).map_or("host1".into(), |view| view.primary.host);
+        self.bed.fleet.enable_with(GUEST, &host, 1, INTERVAL, consistency(mode)).unwrap();
     }
 
     /// Waits until a failover would keep the promise of the mode.

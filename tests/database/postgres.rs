@@ -1,11 +1,9 @@
 //! PostgreSQL, by its own protocol: simple queries of a user who needs no password.
 
 use std::io::{BufReader, Error, Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::TcpStream;
 
-use virt_shadow::lab::Lab;
-
-use super::ANSWER_WITHIN;
+use super::Site;
 
 const PROTOCOL: u32 = 196_608;
 
@@ -16,9 +14,8 @@ impl Postgres {
         self.0.get_ref().try_clone().unwrap()
     }
 
-    pub fn connect(lab: &Lab, ip: Ipv4Addr) -> Self {
-        let stream = lab.connect_from_client(ip, 5432).unwrap();
-        stream.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+    pub fn connect(site: &Site) -> Self {
+        let stream = site.connect(5432);
         let mut connection = Self(BufReader::new(stream));
         let parameters = b"user\0postgres\0database\0bench\0\0";
         let length = 8 + parameters.len() as u32;

@@ -1,11 +1,9 @@
 //! Redis, by its own protocol; see redis.io/docs/reference/protocol-spec.
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::TcpStream;
 
-use virt_shadow::lab::Lab;
-
-use super::ANSWER_WITHIN;
+use super::Site;
 
 pub struct Redis(BufReader<TcpStream>);
 
@@ -14,9 +12,8 @@ impl Redis {
         self.0.get_ref().try_clone().unwrap()
     }
 
-    pub fn connect(lab: &Lab, ip: Ipv4Addr) -> Self {
-        let stream = lab.connect_from_client(ip, 6379).unwrap();
-        stream.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+    pub fn connect(site: &Site) -> Self {
+        let stream = site.connect(6379);
         Self(BufReader::new(stream))
     }
 
