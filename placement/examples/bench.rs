@@ -7,6 +7,7 @@
 //! the figures that are held to a target, as `make bench` prints them; in JSON these alone, one a line.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods, reason = "an example acts; the crate it shows does not")]
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -56,6 +57,8 @@ const KNOWN: [Known; 9] = [
 /// the shadows that another planner moved then, from a plan of its own: fewer are to move.
 const FIRST_XL_S: f64 = 0.5;
 const REPLANS: [(Level, u64, f64, usize); 2] = [(Level::Rack, 7, 0.1, 182), (Level::Power, 3, 0.4, 3_512)];
+/// So many losses of each level are looked at for what they would force to move.
+const LOSSES: usize = 50;
 /// Nova's way takes a minute and more beyond.
 const NOVA_HOSTS: usize = 2_000;
 
@@ -135,6 +138,7 @@ fn bench() -> Result<(), String> {
         audited(&name, &run, &mut rows);
         rows.push(same_on_one_thread(&name, &instance, &run)?);
         if name.starts_with("XL") {
+            worst_losses(&name, &instance, &run.outcome.plan, &mut rows);
             for (level, domain, within_s, others_moved) in REPLANS {
                 replan(&instance, &run.outcome.plan, (level, domain), threads, (within_s, others_moved), &mut rows)?;
             }
@@ -279,6 +283,20 @@ fn line(name: &str, run: &Run, nova: Option<&(Option<(f64, usize)>, f64)>) {
         known.map_or("-".into(), |known| format!("{} {:.3}", known.what, known.millions)),
         gap.map_or("-".into(), |gap| format!("{gap:.2}")),
     );
+}
+
+/// What has to move, whoever plans, after the loss of any one power domain, and of racks from all over the site.
+fn worst_losses(name: &str, instance: &Instance, plan: &Plan, rows: &mut Vec<Row>) {
+    for (level, _, _, others_moved) in REPLANS {
+        let ids: BTreeSet<u64> = (0..instance.hosts.len()).map(|host| checker::domain(instance, level, host)).collect();
+        let step = ids.len().div_ceil(LOSSES);
+        let forced = ids.iter().step_by(step).map(|&id| forced::moves(&failure::after(instance, plan, level, id)));
+        let forced: Vec<usize> = forced.collect();
+        let what = format!("{name}: forced moves, worst of {} losses of a {level:?}", forced.len());
+        let mean = forced.iter().sum::<usize>() as f64 / forced.len().max(1) as f64;
+        let worst = Row::new(what, forced.iter().copied().max().unwrap_or(0) as f64, "").below(others_moved as f64);
+        rows.push(worst.beside("on average", mean));
+    }
 }
 
 fn replan(

@@ -102,17 +102,18 @@ fn plan(instance: &Instance, arguments: &Arguments) -> Outcome {
     let threads = Threads::new(arguments.threads);
     let (started, cpu_before) = (Instant::now(), threads.cpu());
     let mut watch = |stage: Stage| {
-        let at = started.elapsed().as_secs_f64();
+        let (wall, cpu) = (started.elapsed().as_secs_f64(), (threads.cpu() - cpu_before).as_secs_f64());
+        let at = format!("{wall:8.3} s  {cpu:8.3} s CPU ");
         match stage {
-            Stage::Ready => println!("{at:8.3} s  ready"),
+            Stage::Ready => println!("{at} ready"),
             Stage::First { objective, unplaced } => {
-                println!("{at:8.3} s  first valid plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
+                println!("{at} first valid plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
             }
             Stage::Improved { objective, unplaced } => {
-                println!("{at:8.3} s  better plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
+                println!("{at} better plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
             }
             Stage::Placed { objective, unplaced } => {
-                println!("{at:8.3} s  last plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
+                println!("{at} last plan: {:.3} M, {unplaced} left out", objective as f64 / 1e6);
             }
         }
     };

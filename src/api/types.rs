@@ -118,7 +118,7 @@ pub struct PlannedShadow {
     /// Of one without a host: hosts by the first reason that bars each. They sum to the number of hosts.
     #[serde(default)]
     pub counts: std::collections::BTreeMap<String, u64>,
-    /// The host that is nearest to taking it, and what would have to be done there.
+    /// The host that is nearest to taking it, and what would help: mostly something to be done there.
     #[serde(default)]
     pub nearest: Option<String>,
     #[serde(default)]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use placement::GuestId;
-use placement::fleet::{FleetError, FleetPlan, Question};
+use placement::fleet::{FleetError, FleetPlan, FleetRefusal, Question};
 use placement::guardian::{Guest, Wish, why_not};
 use placement::solver::{OneByOne, Verdict};
 
@@ -71,7 +71,7 @@ impl Draft {
                 now: now.map(ToString::to_string),
                 counts: refusal.map(counts_of).unwrap_or_default(),
                 nearest: nearest.map(|(host, _)| host.to_string()),
-                remedy: nearest.map(|(_, objections)| join(objections)).unwrap_or_default(),
+                remedy: refusal.and_then(FleetRefusal::remedy).unwrap_or_default(),
                 verdicts: if explain { self.verdicts(plan, id, number) } else { Vec::new() },
             }
         };

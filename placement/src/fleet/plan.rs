@@ -7,8 +7,8 @@ use super::facts::{GuestFacts, HostFacts};
 use super::topology::Topology;
 use super::translate;
 use crate::checker;
-use crate::instance::{Instance, InstanceError, Plan};
-use crate::solver::{self, Objection, Options, Reason, Verdict, Workers};
+use crate::instance::{Instance, InstanceError, Level, Plan};
+use crate::solver::{self, Crowded, Objection, Options, Reason, Verdict, Workers};
 use crate::units::{GuestId, HostName};
 
 /// A plan that the checker has accepted.
@@ -53,6 +53,8 @@ pub struct FleetRefusal {
     pub counts: BTreeMap<Reason, u64>,
     /// The host nearest to taking it, and what bars it there.
     pub nearest: Option<(HostName, Vec<Objection>)>,
+    /// No host helps: all are too near to the primary or to other shadows.
+    pub crowded: Option<Crowded>,
 }
 
 /// All that a plan depends on, to be answered elsewhere and later: it holds no reference to anything.
@@ -118,6 +120,7 @@ pub fn plan(
         shadow: refusal.copy,
         counts: refusal.counts,
         nearest: refusal.fix.map(|fix| (names[fix.host].clone(), fix.objections)),
+        crowded: refusal.crowded,
     });
     Ok(FleetPlan {
         moves: moves(guests, hosts, &placements),
@@ -182,10 +185,35 @@ impl fmt::Display for FleetRefusal {
         let counts: Vec<String> =
             self.counts.iter().map(|(reason, hosts)| format!("{hosts} {}", reason.describe())).collect();
         write!(f, "no host for shadow {} of guest {}; {hosts} hosts: {}", self.shadow, self.guest, counts.join(", "))?;
-        if let Some((host, objections)) = &self.nearest {
-            let remedies: Vec<String> = objections.iter().map(ToString::to_string).collect();
-            write!(f, "; nearest remedy: on {host} {}", remedies.join(" and "))?;
+        match self.remedy() {
+            Some(remedy) => write!(f, "; nearest remedy: {remedy}"),
+            None => Ok(()),
         }
-        Ok(())
     }
+}
+
+impl FleetRefusal {
+    /// What would have to be done for it to get a host. None: there are no hosts at all.
+    pub fn remedy(&self) -> Option<String> {
+        if let Some(Crowded { level, taken }) = self.crowded {
+            let what = match level {
+                Level::Switch => "switch",
+                Level::Power => "power domain",
+                _ => "rack",
+            };
+            let (nth, others, fewer) = match taken {
+                1 => (nth(2), "that of the primary", ""),
+                _ => (nth(taken + 1), "those of the primary and its other shadows", ", or ask for fewer shadows"),
+            };
+            return Some(format!("add a host in a {nth} {what}, apart from {others}{fewer}"));
+        }
+        let (host, objections) = self.nearest.as_ref()?;
+        let remedies: Vec<String> = objections.iter().map(ToString::to_string).collect();
+        Some(format!("on {host}: {}", remedies.join("; and ")))
+    }
+}
+
+fn nth(number: usize) -> String {
+    const WORDS: [&str; 9] = ["second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"];
+    number.checked_sub(2).and_then(|at| WORDS.get(at)).map_or(format!("{number}th"), |word| (*word).to_owned())
 }

@@ -507,9 +507,8 @@ pub fn why_not(plan: &FleetPlan, guest: &GuestId) -> Option<String> {
     let plural = if wanted == 1 { "" } else { "s" };
     let mut text =
         format!("{wanted} shadow{plural} wanted, {possible} possible; of {all} hosts: {}", counts.join(", "));
-    if let Some((host, objections)) = &refusal.nearest {
-        let remedies: Vec<String> = objections.iter().map(ToString::to_string).collect();
-        text += &format!("; nearest remedy: on {host} {}", remedies.join(" and "));
+    if let Some(remedy) = refusal.remedy() {
+        text += &format!("; nearest remedy: {remedy}");
     }
     Some(text)
 }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::load::Load;
+use super::load::{Change, Load};
 use super::problem::{NONE, Problem, Shadow, Site, Zone, round_trip_us};
 use crate::instance::{HostState, Level};
 
@@ -41,6 +41,8 @@ pub(super) struct View<'a> {
     first_rack: u32,
     /// None: shadows neither change rooms nor get placed in, or left out of, another room than the primary's.
     links: Option<&'a mut Links>,
+    /// Whether prices contain the strain of hosts: see [`super::strain`].
+    gentle: bool,
 }
 
 impl Board {
@@ -71,6 +73,7 @@ impl Board {
             rack_out: &mut self.rack_out,
             first_rack: 0,
             links: Some(&mut self.links),
+            gentle: true,
         }
     }
 
@@ -89,6 +92,7 @@ impl Board {
             rack_out: rack_out.cut(&zone.racks),
             first_rack: zone.racks.start,
             links: None,
+            gentle: true,
         };
         problem.zones.iter().map(view).collect()
     }
@@ -147,6 +151,11 @@ impl<'a, T> Cutter<'a, T> {
 }
 
 impl<'a> View<'a> {
+    /// The same with prices that are those of the objective alone.
+    pub(super) fn strict(self) -> Self {
+        Self { gentle: false, ..self }
+    }
+
     pub(super) fn is_whole(&self) -> bool {
         self.links.is_some()
     }
@@ -222,15 +231,24 @@ impl<'a> View<'a> {
         if mbit <= balance.calm(cap) { 0 } else { balance.rack * balance.phi(mbit, cap) }
     }
 
+    /// What a host costs now, with its strain if that counts.
+    fn now(&self, load: &Load) -> i64 {
+        load.cost + if self.gentle { load.strain } else { 0 }
+    }
+
+    fn weighed(&self, change: Change) -> i64 {
+        change.cost + if self.gentle { change.strain } else { 0 }
+    }
+
     /// How much less everything costs without `shadow` on `host`, where it is: on the host and for itself, and
     /// on the rack's link.
     pub(super) fn relief(&self, shadow: &Shadow, host: u32) -> (i64, i64) {
         let load = self.load(host);
-        let without = load.removing(self.problem, shadow).cost;
+        let without = self.weighed(load.removing(self.problem, shadow));
         let rack = self.problem.sites[host as usize].rack;
         let mbit = self.rack_in(rack);
         let link = self.rack_cost(rack, mbit) - self.rack_cost(rack, mbit - i64::from(shadow.mbit));
-        (load.cost - without + own_cost(self.problem, shadow, host), link)
+        (self.now(load) - without + own_cost(self.problem, shadow, host), link)
     }
 
     /// How much more everything costs with shadow `id` on `host`; none if a rule forbids it. The shadow may still be
@@ -251,7 +269,7 @@ impl<'a> View<'a> {
             cost += self.rack_cost(site.rack, mbit + more) - self.rack_cost(site.rack, mbit);
         }
         let load = self.load(host);
-        cost += load.adding(self.problem, shadow)?.cost - load.cost;
+        cost += self.weighed(load.adding(self.problem, shadow)?) - self.now(load);
         if self.sibling_near(id, shadow, host).is_some() || self.group_there(shadow, host) {
             return None;
         }

@@ -2,15 +2,13 @@
 
 use super::anneal::{Schedule, anneal};
 use super::board::{Board, View};
-use super::problem::{NONE, Problem};
+use super::problem::{NONE, Problem, SMALL};
 use super::rng::Rng;
 use super::{Options, Stage, Workers, greedy, workers};
 
 /// Hosts looked at for each shadow of a first plan.
 const TRIES: u32 = 24;
-/// Up to this many shadows a plan is improved as a whole, several times over from other seeds; beyond, by zones.
-const SMALL: usize = 6_000;
-/// Of these so many runs fit into a second.
+/// Up to this many shadows more runs fit into a second.
 const TINY: usize = 600;
 
 pub(super) fn plan(

@@ -4,6 +4,7 @@
 //! with a cached peak makes adding a shadow a look at one entry, and taking one away a look at the list at most.
 
 use super::problem::{Balance, Problem, Shadow};
+use super::strain;
 use crate::instance;
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -15,11 +16,34 @@ pub(super) struct Peak {
 
 /// Sum of the promotions that the loss of one domain causes here. Each is at most what is free here, so it fits.
 #[derive(Clone, Copy)]
-struct DomainSum {
-    domain: u32,
-    cpu: i32,
-    mem: i32,
-    vf: i32,
+pub(super) struct DomainSum {
+    pub(super) domain: u32,
+    pub(super) cpu: i32,
+    pub(super) mem: i32,
+    pub(super) vf: i32,
+}
+
+impl DomainSum {
+    /// Adds (1) what the promotion of `shadow` adds, or takes it away (-1).
+    pub(super) fn shift(&mut self, shadow: &Shadow, sign: i32) {
+        // Only sums that nothing bounds, those by power domain, can wrap, and that back and forth.
+        self.cpu = self.cpu.wrapping_add(sign * shadow.more_cpu);
+        self.mem = self.mem.wrapping_add(sign * shadow.more_mem);
+        self.vf = self.vf.wrapping_add(sign * shadow.more_vf);
+    }
+}
+
+fn shift(sums: &mut Vec<DomainSum>, domain: u32, shadow: &Shadow, sign: i32) {
+    let known = sums.iter().position(|sum| sum.domain == domain);
+    let at = known.unwrap_or_else(|| {
+        sums.push(DomainSum { domain, cpu: 0, mem: 0, vf: 0 });
+        sums.len() - 1
+    });
+    sums[at].shift(shadow, sign);
+    // An entry of zeros may stand for a shadow that adds nothing; without it the sums are the same.
+    if (sums[at].cpu, sums[at].mem, sums[at].vf) == (0, 0, 0) {
+        sums.swap_remove(at);
+    }
 }
 
 #[derive(Clone, Copy, Default)]
@@ -46,7 +70,13 @@ pub(super) struct Load {
     mem_price: i64,
     /// Everything this host costs now.
     pub(super) cost: i64,
+    /// See [`strain`]; not part of `cost`.
+    pub(super) strain: i64,
+    /// See [`strain::rates`].
+    pub(super) as_cpu: [i64; 2],
     sums: Vec<DomainSum>,
+    /// By the primary's power domain; kept only where strain counts.
+    powers: Vec<DomainSum>,
     pub(super) shadows: Vec<u32>,
     /// Anti-affinity groups of `shadows`, one entry each.
     pub(super) groups: Vec<u32>,
@@ -57,6 +87,7 @@ pub(super) struct Load {
 pub(super) struct Change {
     pub(super) peak: Peak,
     pub(super) cost: i64,
+    pub(super) strain: i64,
 }
 
 impl Load {
@@ -80,7 +111,10 @@ impl Load {
             idle: 0,
             mem_price: host.mem_cost,
             cost: 0,
+            strain: 0,
+            as_cpu: strain::rates(host),
             sums: Vec::new(),
+            powers: Vec::new(),
             shadows: Vec::new(),
             groups: Vec::new(),
         };
@@ -176,14 +210,22 @@ impl Load {
             && used.vf + peak.vf <= free.vf
             && used.cpu + peak.cpu <= free.cpu
             && used.mbit <= free.mbit;
-        fits.then(|| Change { peak, cost: self.cost_of(problem, &used, peak) })
+        fits.then(|| self.change(problem, &used, peak, shadow, 1))
     }
 
     /// Peak and cost without `shadow`, which is here.
     pub(super) fn removing(&self, problem: &Problem<'_>, shadow: &Shadow) -> Change {
         let used = self.without(shadow);
         let peak = self.peak_without(shadow, problem.levels);
-        Change { peak, cost: self.cost_of(problem, &used, peak) }
+        self.change(problem, &used, peak, shadow, -1)
+    }
+
+    fn change(&self, problem: &Problem<'_>, used: &Amounts, peak: Peak, shadow: &Shadow, sign: i32) -> Change {
+        let strain = match problem.strain_price {
+            0 => 0,
+            _ => strain::of(problem, self, &self.powers, (used, peak), (shadow, sign)),
+        };
+        Change { peak, cost: self.cost_of(problem, used, peak), strain }
     }
 
     fn without(&self, shadow: &Shadow) -> Amounts {
@@ -199,50 +241,35 @@ impl Load {
     /// Adds `shadow`, number `id`, of which [`adding`](Self::adding) said what it changes.
     pub(super) fn add(&mut self, problem: &Problem<'_>, id: u32, shadow: &Shadow, change: Change) {
         self.used = self.with(shadow, 0).0;
-        if shadow.promotes {
-            for &domain in &shadow.domains[..problem.levels] {
-                match self.sums.iter_mut().find(|sum| sum.domain == domain) {
-                    Some(sum) => {
-                        sum.cpu += shadow.more_cpu;
-                        sum.mem += shadow.more_mem;
-                        sum.vf += shadow.more_vf;
-                    }
-                    None => self.sums.push(DomainSum {
-                        domain,
-                        cpu: shadow.more_cpu,
-                        mem: shadow.more_mem,
-                        vf: shadow.more_vf,
-                    }),
-                }
-            }
-        }
+        self.shift(problem, shadow, 1);
         self.peak = change.peak;
         self.cost = change.cost;
+        self.strain = change.strain;
         self.shadows.push(id);
         if shadow.group != super::problem::NONE {
             self.groups.push(shadow.group);
         }
     }
 
+    fn shift(&mut self, problem: &Problem<'_>, shadow: &Shadow, sign: i32) {
+        if !shadow.promotes {
+            return;
+        }
+        for &domain in &shadow.domains[..problem.levels] {
+            shift(&mut self.sums, domain, shadow, sign);
+        }
+        if problem.strain_price > 0 {
+            shift(&mut self.powers, shadow.power, shadow, sign);
+        }
+    }
+
     /// Takes `shadow`, number `id`, away; `change` is what [`removing`](Self::removing) said.
     pub(super) fn remove(&mut self, problem: &Problem<'_>, id: u32, shadow: &Shadow, change: Change) {
         self.used = self.without(shadow);
-        if shadow.promotes {
-            for &domain in &shadow.domains[..problem.levels] {
-                if let Some(at) = self.sums.iter().position(|sum| sum.domain == domain) {
-                    let sum = &mut self.sums[at];
-                    sum.cpu -= shadow.more_cpu;
-                    sum.mem -= shadow.more_mem;
-                    sum.vf -= shadow.more_vf;
-                    // An entry of zeros may stand for a shadow that adds nothing; without it the sums are the same.
-                    if sum.cpu == 0 && sum.mem == 0 && sum.vf == 0 {
-                        self.sums.swap_remove(at);
-                    }
-                }
-            }
-        }
+        self.shift(problem, shadow, -1);
         self.peak = change.peak;
         self.cost = change.cost;
+        self.strain = change.strain;
         if let Some(at) = self.shadows.iter().position(|&other| other == id) {
             self.shadows.swap_remove(at);
         }

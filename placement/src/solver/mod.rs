@@ -22,13 +22,14 @@ mod refusal;
 mod replan;
 mod rng;
 mod stay;
+mod strain;
 mod workers;
 
 #[cfg(test)]
 mod tests;
 
 pub use explain::{Verdict, explain};
-pub use refusal::{Fix, Objection, Reason, Refusal};
+pub use refusal::{Crowded, Fix, Objection, Reason, Refusal};
 pub use workers::{OneByOne, Task, Workers};
 
 use board::Board;

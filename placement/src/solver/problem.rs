@@ -12,6 +12,10 @@ use crate::instance::{HostState, Instance, Level};
 pub(super) const NONE: u32 = u32::MAX;
 /// Levels that no other level of the same list implies: at most switch, power, and room or region.
 const MAX_LEVELS: usize = 3;
+/// Up to so many shadows a plan is improved as a whole, beyond by zones.
+pub(super) const SMALL: usize = 6_000;
+/// Beyond so many there is time for few moves a shadow.
+const LARGE: usize = 30_000;
 
 pub(super) struct Problem<'a> {
     pub(super) instance: &'a Instance,
@@ -42,6 +46,8 @@ pub(super) struct Problem<'a> {
     pub(super) balance: Balance,
     /// Cheapest MiB of any host.
     pub(super) least_mem_price: i64,
+    /// Price of a milli-vCPU of [`super::strain`]; 0: it does not count.
+    pub(super) strain_price: i64,
 }
 
 /// What does not change of a host.
@@ -110,6 +116,8 @@ pub(super) struct Shadow {
     /// What fails together with the primary, one id a level.
     pub(super) domains: [u32; MAX_LEVELS],
     pub(super) promotes: bool,
+    /// Power domain of the primary.
+    pub(super) power: u32,
     pub(super) apart: Level,
     /// Where its host may be, seen from the primary: in its room, elsewhere in its region, in another region.
     pub(super) reach: [bool; 3],
@@ -139,6 +147,17 @@ impl Balance {
     pub(super) fn calm(&self, cap: i64) -> i64 {
         self.first_knot * cap / 1000
     }
+}
+
+/// Small fleets, whose plans are held to be next to the best there are, pay nothing. The largest, for which time
+/// suffices for fewer moves a shadow, need a higher price for as much.
+fn strain_price(shadows: usize, cpu_price: i64) -> i64 {
+    let eighths = match shadows {
+        0..=SMALL => 0,
+        ..=LARGE => 1,
+        _ => 5,
+    };
+    (cpu_price * eighths + 7) / 8
 }
 
 /// Round trip of two hosts that share nothing nearer than `shared` says: see SPEC of the format.
@@ -208,6 +227,7 @@ impl<'a> Problem<'a> {
             sites,
             original,
             internal,
+            strain_price: strain_price(instance.copies(), cost.cpu),
         };
         problem.add_shadows();
         problem
@@ -338,6 +358,7 @@ impl<'a> Problem<'a> {
             group,
             domains: [0; MAX_LEVELS],
             promotes,
+            power: self.sites[primary as usize].power,
             apart: copy.apart,
             reach: [false; 3],
             unplaced: vm.weight * (cost.unplaced_fixed + cost.unplaced_mem * vm.memory_mib) * first,

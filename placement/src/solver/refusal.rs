@@ -125,6 +125,16 @@ pub struct Fix {
     pub objections: Vec<Objection>,
 }
 
+/// No host is apart from the primary and the guest's other shadows: all of them share this with one or the other, so
+/// that making room anywhere helps nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Crowded {
+    /// Rack, switch or power domain: the nearest level at which there is none left.
+    pub level: Level,
+    /// How many the primary and the other shadows take.
+    pub taken: usize,
+}
+
 /// A shadow that has no host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -134,21 +144,22 @@ pub struct Refusal {
     pub counts: BTreeMap<Reason, u64>,
     /// None: no hosts at all.
     pub fix: Option<Fix>,
+    pub crowded: Option<Crowded>,
 }
 
 impl fmt::Display for Objection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lacks = self.lacks;
         match self.reason {
-            Reason::Down => f.write_str("bring it back"),
+            Reason::Down => f.write_str("bring it or its agent back"),
             Reason::Drain => f.write_str("have its agent report again, or end its drain"),
-            Reason::Gen => f.write_str("give it a newer CPU or machine type"),
-            Reason::Label => f.write_str("change its labels or those the guest asks for"),
-            Reason::Domain => f.write_str("move the primary out of its rack, switch or power domain"),
-            Reason::Div => f.write_str("let the shadow be in the room or region of the primary"),
-            Reason::Latency => write!(f, "allow {lacks} us more latency"),
-            Reason::Sibling => f.write_str("move the other shadow near it"),
-            Reason::Group => f.write_str("move the guest of the same group that is there"),
+            Reason::Gen => f.write_str("give it a newer CPU, or the guest an older CPU model"),
+            Reason::Label => f.write_str("give it the labels, CPU model and machine type that the guest asks for"),
+            Reason::Domain => f.write_str("move the primary to another rack, switch and power domain than its"),
+            Reason::Div => f.write_str("let the policy's apart be less than the room or region"),
+            Reason::Latency => write!(f, "let the policy's latency_us be {lacks} more"),
+            Reason::Sibling => f.write_str("move the guest's other shadow out of its rack, switch and power domain"),
+            Reason::Group => f.write_str("move the guest of the same group off it, or take one out of the group"),
             Reason::Mem => write!(f, "free {lacks} MiB of memory"),
             Reason::Far => write!(f, "free {lacks} MiB of far memory"),
             Reason::Vf => write!(f, "free {lacks} VFs"),
@@ -242,21 +253,51 @@ pub(super) fn explain(view: &View<'_>, id: u32) -> Refusal {
     let shadow = &problem.shadows[id as usize];
     let mut counts = BTreeMap::new();
     let mut nearest = None;
+    let mut open = Open::default();
     for host in view.hosts() {
         let found = objections(view, id, host);
         let Some(first) = found.first() else { continue };
         *counts.entry(first.reason).or_insert(0) += 1;
+        open.look(view, id, host);
         let effort: u32 = found.iter().map(|objection| objection.reason.effort()).sum();
         let lacks: i64 = found.iter().map(|objection| objection.lacks).sum();
-        let distance = (found.len(), effort, lacks, problem.original[host as usize]);
+        let distance = (effort, found.len(), lacks, problem.original[host as usize]);
         if nearest.as_ref().is_none_or(|(least, _)| distance < *least) {
             nearest = Some((distance, found));
         }
     }
+    let taken = 1 + problem.shadows_of(shadow.guest).filter(|&other| view.at(other) != NONE).count();
     Refusal {
         guest: problem.guests[shadow.guest as usize] as usize,
         copy: shadow.copy as usize,
         counts,
         fix: nearest.map(|((.., host), objections)| Fix { host: host as usize, objections }),
+        crowded: open.crowded().map(|level| Crowded { level, taken }),
+    }
+}
+
+/// Whether any host is in another rack than the primary and the guest's shadows, on another switch as well, and in
+/// another power domain as well.
+#[derive(Default)]
+struct Open([bool; 3]);
+
+impl Open {
+    fn look(&mut self, view: &View<'_>, id: u32, host: u32) {
+        let (problem, site) = (view.problem, &view.problem.sites[host as usize]);
+        let shadow = &problem.shadows[id as usize];
+        let others = problem.shadows_of(shadow.guest).map(|other| view.at(other)).filter(|&at| at != NONE);
+        let mut apart = [true; 3];
+        for taken in others.chain([shadow.primary]) {
+            let taken = &problem.sites[taken as usize];
+            apart[0] &= site.rack != taken.rack;
+            apart[1] &= apart[0] && site.switch != taken.switch;
+            apart[2] &= apart[1] && site.power != taken.power;
+        }
+        (0..3).for_each(|level| self.0[level] |= apart[level]);
+    }
+
+    fn crowded(&self) -> Option<Level> {
+        let level = self.0.iter().position(|open| !open)?;
+        Some([Level::Rack, Level::Switch, Level::Power][level])
     }
 }

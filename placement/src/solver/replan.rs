@@ -96,7 +96,8 @@ fn settle(problem: &Problem<'_>, board: &mut Board, free: &[u32], kept: &[bool],
 /// Lets those that still have no place push away others, which then move. What has been placed is kept in place by
 /// its price of moving.
 fn rescue(problem: &Problem<'_>, board: &mut Board, out: &[u32], options: &Options) {
-    let mut view = board.whole(problem);
+    // What is well is not moved for the sake of the next loss.
+    let mut view = board.whole(problem).strict();
     let out: Vec<u32> =
         out.iter().copied().filter(|&id| view.at(id) == NONE && fresh::has_any_host(&view, id)).collect();
     if out.is_empty() {

@@ -1,6 +1,6 @@
 //! The planner against an exhaustive search, the checker, and itself.
 
-use super::board::Board;
+use super::board::{Board, View};
 use super::problem::{NONE, Problem};
 use super::refusal::objections;
 use super::rng::Rng;
@@ -185,6 +185,85 @@ fn a_price_is_what_the_plan_costs_more_and_is_named_unless_a_rule_objects() {
         }
         assert!(priced > 10 && barred > 10, "seed {seed}: {priced} {barred}");
     }
+}
+
+/// Strain from its definition: of each power domain, and twice of the reserve, what there is too little for it beside
+/// all else and the reserve; in the CPU's measure.
+fn strain_of(problem: &Problem<'_>, instance: &Instance, host: u32, standing: &[u32]) -> i64 {
+    let site = &instance.hosts[problem.original[host as usize] as usize];
+    let rates = super::strain::rates(site);
+    let parts: Vec<_> = standing.iter().map(|&id| &problem.shadows[id as usize]).collect();
+    let all = |amount: &dyn Fn(&super::problem::Shadow) -> i32| parts.iter().map(|s| i64::from(amount(s))).sum::<i64>();
+    let free = [site.cpu_milli - all(&|s| s.cpu), site.memory_mib - all(&|s| s.mem), site.vfs - all(&|s| s.vf)];
+    let more = |in_domain: &dyn Fn(&super::problem::Shadow) -> bool| {
+        let mut sums = [0; 3];
+        for shadow in parts.iter().filter(|shadow| shadow.promotes && in_domain(shadow)) {
+            let more = [shadow.more_cpu, shadow.more_mem, shadow.more_vf];
+            (0..3).for_each(|r| sums[r] += i64::from(more[r]));
+        }
+        sums
+    };
+    let mut reserve = [0; 3];
+    for shadow in parts.iter().filter(|shadow| shadow.promotes) {
+        for &domain in &shadow.domains[..problem.levels] {
+            let sums = more(&|other| other.domains[..problem.levels].contains(&domain));
+            (0..3).for_each(|r| reserve[r] = reserve[r].max(sums[r]));
+        }
+    }
+    let lacks = |sums: [i64; 3]| {
+        let lack = |r: usize| (sums[r] + reserve[r] - free[r]).max(0);
+        lack(0).max((lack(1) * rates[0]) >> 16).max((lack(2) * rates[1]) >> 16)
+    };
+    let mut powers: Vec<u32> = parts.iter().filter(|s| s.promotes).map(|s| s.power).collect();
+    powers.sort_unstable();
+    powers.dedup();
+    let powers: i64 = powers.iter().map(|&power| lacks(more(&|shadow| shadow.power == power))).sum();
+    problem.strain_price * (2 * lacks(reserve) + powers)
+}
+
+#[test]
+fn strain_is_what_its_definition_says_whatever_comes_and_goes() {
+    let mut strained = 0;
+    for seed in 0..20 {
+        let instance = specimen(Size::SMALL, seed);
+        let mut problem = Problem::new(&instance);
+        assert_eq!(problem.strain_price, 0, "small plans pay for strain");
+        problem.strain_price = 3;
+        let mut board = Board::new(&problem);
+        let mut rng = Rng::of(seed, 9);
+        let (mut paid, mut before) = (0, 0);
+        for step in 0..1_500 {
+            let id = rng.below(problem.shadows.len() as u32);
+            // Few hosts fill up.
+            let host = rng.below(problem.sites.len() as u32 / 3);
+            let mut view = board.whole(&problem);
+            let from = view.at(id);
+            let shadow = &problem.shadows[id as usize];
+            let (saved, link) = if from == NONE { (View::left_out(shadow), 0) } else { view.relief(shadow, from) };
+            view.take(id);
+            if let Some(price) = view.price(id, NONE, host)
+                && step % 3 > 0
+            {
+                view.put(id, host);
+                paid += price - saved - link;
+            } else {
+                paid += View::left_out(shadow) - saved - link;
+            }
+            let strain: i64 = view.hosts().map(|host| view.load(host).strain).sum();
+            let total = board.total(&problem).0 + strain;
+            let view = board.whole(&problem);
+            if step > 0 {
+                assert_eq!(total, before + paid, "seed {seed}");
+            }
+            (before, paid) = (total, 0);
+            for host in view.hosts().filter(|_| step % 50 == 0) {
+                let load = view.load(host);
+                assert_eq!(load.strain, strain_of(&problem, &instance, host, &load.shadows), "seed {seed}");
+                strained += usize::from(load.strain > 0);
+            }
+        }
+    }
+    assert!(strained > 20, "only {strained} hosts were strained");
 }
 
 #[test]
