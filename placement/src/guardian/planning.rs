@@ -127,14 +127,16 @@ impl Guardian {
                 self.planning.situation = None;
                 return;
             }
-            let situation = self.situation(now, &short);
-            let same = self.planning.situation.as_ref() == Some(&situation);
+            let same = self.planning.situation.as_ref().is_some_and(|known| self.is_still(known, now, &short));
+            debug_assert_eq!(same, self.planning.situation.as_ref() == Some(&self.situation(now, &short)));
             if same && now < self.planning.again {
                 return;
             }
             let wait_ms = if same { (2 * self.planning.wait_ms).min(AGAIN_LONGEST_MS) } else { AGAIN_FIRST_MS };
+            if !same {
+                self.planning.situation = Some(self.situation(now, &short));
+            }
             (self.planning.wait_ms, self.planning.again) = (wait_ms, now.plus_ms(wait_ms));
-            self.planning.situation = Some(situation);
         }
         if look {
             self.planning.look_at = None;
@@ -198,6 +200,27 @@ impl Guardian {
         }
     }
 
+    /// Whether [`Guardian::situation`] would be `known`; asked at each event while a guest is short, so nothing is built.
+    fn is_still(&self, known: &Situation, now: Moment, short: &[&Guest]) -> bool {
+        let host = |((name, state), host): (&(HostName, HostState), &HostName)| {
+            name == host && *state == self.planned_state(now, host)
+        };
+        let guest = |(known, guest): (&Short, &&Guest)| {
+            let Short { id, primary, wanted, seats, excluded } = known;
+            let plan = &guest.plan;
+            *id == plan.id
+                && *primary == plan.primary
+                && *wanted == plan.shadows_wanted
+                && seats.iter().eq(plan.staying())
+                && self.excluded_hosts(now, guest).all(|host| excluded.contains(host))
+                && excluded.iter().all(|host| self.excluded_hosts(now, guest).any(|other| other == host))
+        };
+        known.hosts.len() == self.hosts.len()
+            && known.guests.len() == short.len()
+            && known.hosts.iter().zip(self.hosts.keys()).all(host)
+            && known.guests.iter().zip(short).all(guest)
+    }
+
     /// What a plan for all guests depends on, as if `wish` were granted. Changes nothing.
     pub fn what_if(&self, now: Moment, wish: Option<Wish>) -> Question {
         self.question(now, &wish.iter().collect::<Vec<_>>())
@@ -220,15 +243,19 @@ impl Guardian {
         Question { topology, hosts, guests, options: Options { moves, keep: true, ..Options::default() } }
     }
 
-    /// Hosts that have refused it a moment ago, or have not given up their former copy yet. Who is not up takes nothing
-    /// anyway.
     fn excluded(&self, now: Moment, guest: &Guest) -> BTreeSet<HostName> {
+        self.excluded_hosts(now, guest).cloned().collect()
+    }
+
+    /// Hosts that have refused it a moment ago, or have not given up their former copy yet; some twice. Who is not up
+    /// takes nothing anyway.
+    fn excluded_hosts<'g>(&'g self, now: Moment, guest: &'g Guest) -> impl Iterator<Item = &'g HostName> {
         let plan = &guest.plan;
-        let pending = plan.former.keys().filter(|host| plan.is_left_behind(host));
-        let refused = guest.live.excluded.iter().filter(|(_, (until, _))| now < *until).map(|(host, _)| host);
-        let refused = refused.filter(|host| !plan.is_at_home(host));
-        let is_up = |host: &&HostName| self.hosts.get(host).is_some_and(Host::is_up);
-        pending.chain(refused).filter(is_up).cloned().collect()
+        let pending = plan.former.keys().filter(move |host| plan.is_left_behind(host));
+        let refused = guest.live.excluded.iter().filter(move |(_, (until, _))| now < *until).map(|(host, _)| host);
+        let refused = refused.filter(move |host| !plan.is_at_home(host));
+        let is_up = move |host: &&'g HostName| self.hosts.get(*host).is_some_and(Host::is_up);
+        pending.chain(refused).filter(is_up)
     }
 
     fn facts_of_guest(&self, now: Moment, guest: &Guest) -> GuestFacts {

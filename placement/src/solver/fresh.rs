@@ -101,7 +101,12 @@ fn together(
 ) {
     let n = problem.shadows.len();
     let runs = if n <= TINY { 6 } else { 2 };
-    let moves = options.moves.unwrap_or(if n <= TINY { 3_000_000 } else { 4_600_000 }) / runs;
+    let enough = match n {
+        _ if n <= TINY / 5 => 1_500_000,
+        _ if n <= TINY => 3_000_000,
+        _ => 4_600_000,
+    };
+    let moves = options.moves.unwrap_or(enough) / runs;
     let soft = price_of_a_shadow(problem, board);
     let start = board.snapshot();
     let short = many_out(board, free);

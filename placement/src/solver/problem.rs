@@ -153,8 +153,8 @@ impl Balance {
 /// suffices for fewer moves a shadow, need a higher price for as much.
 fn strain_price(shadows: usize, cpu_price: i64) -> i64 {
     let eighths = match shadows {
-        0..=SMALL => 0,
-        ..=LARGE => 1,
+        n if n <= SMALL => 0,
+        n if n <= LARGE => 1,
         _ => 5,
     };
     (cpu_price * eighths + 7) / 8
