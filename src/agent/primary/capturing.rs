@@ -50,6 +50,9 @@ const PREPARE_EVERY: Duration = Duration::from_millis(10);
 const DEVICES_SETTLE: Duration = Duration::from_millis(150);
 /// An answer of the cut thread that takes this long will not come: libvirt itself gives up after 30 s.
 const CUT_ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// How often the clock is looked at while a cut is under way, and while a cut that is due waits for something else.
+const CUTTING_LOOK_EVERY: Duration = Duration::from_millis(50);
+const WAITING_LOOK_EVERY: Duration = Duration::from_micros(500);
 /// Cuts that fail in a row before that is shown as a problem, and before the guest is attached anew.
 const FAILURES_SHOWN: u32 = 3;
 const FAILURES_IN_A_ROW: u32 = 20;
@@ -85,6 +88,8 @@ pub(super) struct Capturing {
     /// When the newest cut was told, and this thread's processor time and all bytes for the wire then.
     last_cost: (Instant, Duration, u64),
     next_cut_at: Instant,
+    /// A cut is due and must wait.
+    held_up: bool,
     /// The tracker's preparation is done.
     ready: bool,
     recorder: Option<Recorder>,
@@ -195,6 +200,7 @@ impl Capturing {
             pacer: Pacer::new(limits(spec.budget), spec.interval, LONGEST_INTERVAL),
             last_cost: (now, thread_cpu(), 0),
             next_cut_at: now,
+            held_up: false,
             ready: false,
             recorder,
             cutting_since: None,
@@ -244,8 +250,14 @@ impl Capturing {
         }
     }
 
-    pub(super) fn next_cut_at(&self) -> Instant {
-        self.next_cut_at
+    /// When [`Self::timers`] have something to do, if nothing happens before.
+    pub(super) fn next_look_at(&self, now: Instant) -> Instant {
+        match self.cutting_since {
+            // The next cut may be due by now, and will be made when this one has ended.
+            Some(_) => now + CUTTING_LOOK_EVERY,
+            None if self.held_up => now + WAITING_LOOK_EVERY,
+            None => self.next_cut_at,
+        }
     }
 
     pub(super) fn set_pace(&mut self, shortest: Duration, budget: Budget) {
@@ -278,6 +290,7 @@ impl Capturing {
         self.free_stuck_guest(now, stopped_since);
         self.advance_final_cut(now);
         let wait = self.devices_changed_at.is_some() || on_hold || self.final_cut.is_some() || self.trouble.is_some();
+        self.held_up = wait && now >= self.next_cut_at;
         if now >= self.next_cut_at && !wait {
             self.cut_if_wanted(now);
         }

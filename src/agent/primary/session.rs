@@ -226,7 +226,8 @@ impl Session {
         if let Some(end) = self.after_step() {
             return Some(end);
         }
-        let wait = self.next_deadline().saturating_duration_since(Instant::now()).min(TICK);
+        let now = Instant::now();
+        let wait = self.next_deadline(now).saturating_duration_since(now).min(TICK);
         match received.recv_timeout(wait) {
             Ok(input) => self.take(input),
             Err(RecvTimeoutError::Timeout) => None,
@@ -234,10 +235,10 @@ impl Session {
         }
     }
 
-    fn next_deadline(&self) -> Instant {
+    fn next_deadline(&self, now: Instant) -> Instant {
         match (&self.capturing, self.reason_by) {
             (_, Some(reason_by)) => reason_by,
-            (Some(capturing), None) => capturing.next_cut_at(),
+            (Some(capturing), None) => capturing.next_look_at(now),
             (None, None) => self.attach_at,
         }
     }
