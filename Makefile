@@ -5,11 +5,12 @@ TARGET := $(if $(filter release,$(PROFILE)),release,debug)
 CARGO_PROFILE := $(if $(filter release,$(PROFILE)),--release,)
 BIN := target/$(TARGET)
 
-.PHONY: help setup build demo test simulate lint bench docs install clean
+.PHONY: help setup build demo test test-databases simulate lint bench docs install clean
 
 help:
 	@echo "make demo             set up, build, and lose a host under a running guest"
 	@echo "make test             set up, lint, format check and all tests"
+	@echo "make test-databases [ROUNDS=n]  power cuts under Redis and PostgreSQL, n in each mode (20)"
 	@echo "make simulate SEEDS=n  the sync protocol in virtual time with faults, n seeds (10,000)"
 	@echo "make bench [BENCH=x]  benchmarks, beside a peer or a limit (FORMAT=json for programs)"
 	@echo "make docs             man pages and completions into target/docs"
@@ -36,6 +37,11 @@ lint: setup
 test: lint
 	@$(CARGO) build --locked --bins
 	@$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=$(or $(TEST_THREADS),2)
+
+# The same as in `make test`, which cuts the power once in each mode.
+test-databases: setup
+	@$(CARGO) build --locked --bins
+	@ROUNDS=$(or $(ROUNDS),20) $(CARGO) test --locked --test databases -- --nocapture --test-threads=1
 
 # The same simulation as in `make test`, which runs a few hundred seeds. A seed that fails is printed.
 SEEDS ?= 10000

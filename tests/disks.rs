@@ -6,8 +6,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use support::{BACK_WITHIN, Bed, GUEST, Random, one_lab};
-use virt_shadow::api::types::GuestView;
+use support::{BACK_WITHIN, Bed, GUEST, INTERVAL, Random, one_lab};
+use virt_shadow::api::types::{Consistency, ConsistencyMode, GuestView};
 use virt_shadow::lab::{DiskRecords, GuestOptions, LabOptions, QemuUser};
 
 const IMAGES: &str = "/var/lib/virt-shadow/disks";
@@ -16,15 +16,13 @@ fn rounds() -> u32 {
     std::env::var("VIRT_SHADOW_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
 }
 
-fn guest(disk: &str) -> GuestOptions {
-    let workload = "dirty:500".parse().unwrap();
-    let disks = vec![disk.parse().unwrap()];
-    GuestOptions { memory_mib: 160, workload, disks, ..GuestOptions::new(GUEST, "host1") }
-}
-
-fn raise(name: &str, hosts: u8, user: QemuUser, disk: &str) -> Bed {
+/// With two disks records are on one, and the blocks that they name on the other.
+fn raise(name: &str, hosts: u8, user: QemuUser, disks: &[&str]) -> Bed {
     let options = LabOptions { hosts, racks: hosts, qemu_user: user, ..LabOptions::for_test(name) };
-    Bed::raise_guest(&options, 1, &GuestOptions { workload: "dirty:500:32".parse().unwrap(), ..guest(disk) })
+    let workload = "dirty:500:32".parse().unwrap();
+    let disks = disks.iter().map(|disk| disk.parse().unwrap()).collect();
+    let guest = GuestOptions { memory_mib: 160, workload, disks, ..GuestOptions::new(GUEST, "host1") };
+    Bed::raise_guest(&options, 1, &guest)
 }
 
 /// All records that the guest wrote are on its disk, and right.
@@ -35,7 +33,11 @@ fn records(bed: &Bed) -> DiskRecords {
             client.set_timeout(Some(BACK_WITHIN)).and_then(|()| client.records()).map_err(|e| e.to_string())
         });
         match answer {
-            Ok(records) => return records,
+            Ok(records) => {
+                // One may have been written between the two looks. Further ones: a disk newer than the memory.
+                assert!(records.checked <= records.durable + 1, "{records:?}");
+                return records;
+            }
             Err(error) if error.contains("bad") || began.elapsed() > BACK_WITHIN => panic!("{error}"),
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
@@ -66,21 +68,39 @@ fn images(bed: &Bed, host: &str) -> String {
     run(bed, host, &format!("ls {IMAGES}/* 2>/dev/null || true"))
 }
 
-/// The file system that the guest would find if it were started now: after its journal was replayed nothing is wrong.
-fn check_file_system(bed: &Bed, host: &str) {
+/// The file systems that the guest would find if it were started now: after their journals were replayed nothing is wrong.
+fn check_file_systems(bed: &Bed, host: &str) {
     let script = format!(
-        "set -e; virsh -q suspend {GUEST}; image=$(virsh -q domblklist {GUEST} | awk '$1 == \"vda\" {{print $2}}'); \
-         cp --sparse=always $image /var/tmp/checked.$$; virsh -q resume {GUEST}; \
-         e2fsck -p /var/tmp/checked.$$ || [ $? = 1 ]; e2fsck -fn /var/tmp/checked.$$; rm /var/tmp/checked.$$"
+        "set -e; copies=$(mktemp -d); virsh -q suspend {GUEST}; \
+         for image in $(virsh -q domblklist {GUEST} | awk '{{print $2}}'); do \
+           cp --sparse=always $image $(mktemp -p $copies); done; virsh -q resume {GUEST}; \
+         for copy in $copies/*; do e2fsck -p $copy || [ $? = 1 ]; e2fsck -fn $copy; done; rm -r $copies"
     );
     run(bed, host, &script);
+}
+
+/// The longest that a record took since this was asked last, by the guest's clock, milliseconds.
+fn longest_stall_ms(bed: &Bed) -> f64 {
+    let answer = bed.lab.guest_client(bed.guest.ip).unwrap().ask("stall").unwrap();
+    answer.strip_prefix("stall longest_us=").and_then(|text| text.parse::<f64>().ok()).expect(&answer) / 1e3
+}
+
+/// Runs a fault, and prints how long the guest's writes stood still at most meanwhile.
+fn measure_stall(bed: &Bed, what: &str, fault: impl FnOnce()) {
+    longest_stall_ms(bed);
+    fault();
+    wait_written(bed, 100);
+    let stall = longest_stall_ms(bed);
+    println!("{what}: the longest write of the guest took {stall:.0} ms (the guard's bound is 800 ms)");
+    // The bound is not asserted on a machine that others use; a write that waits for us is.
+    assert!(stall < 10_000.0, "{what}");
 }
 
 #[test]
 fn disk_and_memory_of_one_moment_outlive_their_host() {
     let _one = one_lab();
     let mut random = Random::from_env();
-    let bed = raise("disk-failover", 3, QemuUser::Root, "64");
+    let bed = raise("disk-failover", 3, QemuUser::Root, &["64", "32"]);
     bed.enable();
     let mut view: GuestView = bed.wait_protected();
     let mut before = records(&bed);
@@ -89,17 +109,28 @@ fn disk_and_memory_of_one_moment_outlive_their_host() {
         bed.assert_equal_disks();
         random.sleep_below_ms(300);
         let host = view.primary.host.clone();
-        let cut = bed.lab.power_cut(&host).unwrap();
+        // Every other time it goes on without its link: whatever it had under way ends in the middle.
+        let link_only = round % 2 == 1;
+        let cut = if link_only {
+            bed.lab.cut_link(&host).unwrap();
+            Instant::now()
+        } else {
+            bed.lab.power_cut(&host).unwrap()
+        };
         bed.watch.wait_answer_after(cut + Duration::from_millis(60), BACK_WITHIN).expect("the guest answers");
         let after = records(&bed);
-        println!("round {round}: {before:?} before, {after:?} after the power of {host} was cut");
+        println!(
+            "round {round}: {before:?} before, {after:?} after {host} lost its {}",
+            if link_only { "link" } else { "power" }
+        );
         assert!(after.durable >= before.durable, "what was committed is there");
         assert_eq!(after.recovered, 0, "it was not booted");
-        bed.lab.power_on(&host).unwrap();
+        let back = if link_only { bed.lab.heal_link(&host) } else { bed.lab.power_on(&host) };
+        back.unwrap();
         bed.fleet.wait_hosts(3, BACK_WITHIN).unwrap();
         bed.fleet.wait(GUEST, "another primary", BACK_WITHIN, |view| view.primary.host != host).unwrap();
         view = bed.wait_protection_goes_on();
-        check_file_system(&bed, &view.primary.host);
+        check_file_systems(&bed, &view.primary.host);
         before = after;
     }
     // A move on purpose loses nothing, and the host that was left keeps the next shadow.
@@ -115,11 +146,13 @@ fn disk_and_memory_of_one_moment_outlive_their_host() {
     // Only the disk that the guest has is left, and it is a guest's disk as any other.
     let shadow = bed.shadow_hosts().remove(0);
     bed.fleet.disable(GUEST).unwrap();
-    assert_eq!(images(&bed, &to).lines().count(), 1, "{}", images(&bed, &to));
+    assert_eq!(images(&bed, &to).lines().count(), 2, "{}", images(&bed, &to));
     let on_shadow = images(&bed, &shadow);
-    assert!(on_shadow.lines().count() <= 1, "{on_shadow}");
-    let jobs = run(&bed, &to, &format!("virsh -q blockjob {GUEST} vda"));
-    assert!(jobs.is_empty() || jobs.contains("No current"), "{jobs}");
+    assert!(on_shadow.lines().count() <= 2, "{on_shadow}");
+    for disk in ["vda", "vdb"] {
+        let jobs = run(&bed, &to, &format!("virsh -q blockjob {GUEST} {disk}"));
+        assert!(jobs.is_empty() || jobs.contains("No current"), "{jobs}");
+    }
     let durable = written(&bed);
     run(&bed, &to, &format!("virsh -q destroy {GUEST} && virsh -q start {GUEST}"));
     bed.lab.wait_guest(GUEST).unwrap();
@@ -131,7 +164,7 @@ fn disk_and_memory_of_one_moment_outlive_their_host() {
 #[test]
 fn the_guest_writes_on_without_us_and_protection_comes_back() {
     let _one = one_lab();
-    let bed = raise("disk-faults", 2, QemuUser::LibvirtQemu, "48:qcow2");
+    let bed = raise("disk-faults", 2, QemuUser::LibvirtQemu, &["48:qcow2"]);
     bed.enable();
     bed.wait_protected();
     bed.assert_equal_disks();
@@ -143,10 +176,7 @@ fn the_guest_writes_on_without_us_and_protection_comes_back() {
 
     // The guest's writes go through the agent, which stands still: they go on before it does.
     let agent = bed.service("host1", "virtshadowd");
-    kill(agent, Signal::SIGSTOP).unwrap();
-    let stopped = Instant::now();
-    wait_written(&bed, 100);
-    println!("100 records {} ms after the agent was stopped", stopped.elapsed().as_millis());
+    measure_stall(&bed, "agent stopped", || kill(agent, Signal::SIGSTOP).unwrap());
     kill(agent, Signal::SIGCONT).unwrap();
     bed.wait_protection_goes_on();
     bed.assert_equal_disks();
@@ -154,6 +184,25 @@ fn the_guest_writes_on_without_us_and_protection_comes_back() {
     // An operator ends the job.
     run(&bed, "host1", &format!("virsh -q blockjob {GUEST} vda --abort"));
     wait_written(&bed, 100);
+    bed.wait_protection_goes_on();
+
+    // The same while the guest's output is held.
+    let consistency = Consistency { mode: ConsistencyMode::OutputCommit, ..Consistency::default() };
+    bed.fleet.enable_with(GUEST, "host1", 1, INTERVAL, consistency).unwrap();
+    let wait_holding = || {
+        let holding = |view: &GuestView| view.capture.output.gate == "holding" && view.capture.output.reason.is_empty();
+        bed.wait_protection_goes_on();
+        bed.fleet.wait(GUEST, "output held", BACK_WITHIN, holding).unwrap();
+    };
+    wait_holding();
+    measure_stall(&bed, "agent killed while it holds output", || bed.kill_agent("host1"));
+    wait_holding();
+    let agent = bed.service("host1", "virtshadowd");
+    measure_stall(&bed, "agent stopped while it holds output", || kill(agent, Signal::SIGSTOP).unwrap());
+    kill(agent, Signal::SIGCONT).unwrap();
+    wait_holding();
+    bed.assert_equal_disks();
+    bed.fleet.enable(GUEST, "host1", 1, INTERVAL).unwrap();
     bed.wait_protection_goes_on();
 
     // The guard is killed, too.
@@ -169,7 +218,7 @@ fn the_guest_writes_on_without_us_and_protection_comes_back() {
 #[test]
 fn a_shadow_without_room_says_so_and_the_guest_notices_nothing() {
     let _one = one_lab();
-    let bed = raise("disk-full", 2, QemuUser::Root, "64");
+    let bed = raise("disk-full", 2, QemuUser::Root, &["64"]);
     run(&bed, "host2", &format!("mkdir -p {IMAGES} && mount -t tmpfs -o size=128k,mode=711 full {IMAGES}"));
     bed.enable();
     let full = |view: &GuestView| view.shadows.iter().any(|shadow| shadow.reason.contains("no room"));
@@ -179,5 +228,42 @@ fn a_shadow_without_room_says_so_and_the_guest_notices_nothing() {
     bed.wait_protected();
     bed.assert_equal_disks();
     records(&bed);
+    bed.assert_guest_unharmed();
+}
+
+#[test]
+fn memory_and_disks_go_back_to_one_epoch() {
+    let _one = one_lab();
+    let bed = raise("disk-rewind", 2, QemuUser::Root, &["64", "32"]);
+    let (code, _, errors) = bed.cli("host1", &["enable", GUEST, "--keep", "10min,256M", "--wait", "120"]);
+    assert_eq!(code, Some(0), "{errors}");
+    bed.wait_protected();
+    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
+    client.ask("note before the mistake").unwrap();
+    let epoch = bed.assert_equal_disks().epoch;
+    let then = client.status().unwrap();
+    // By the guest's clock, so that nobody takes one moment for the other.
+    wait_written(&bed, 200);
+    while client.status().unwrap().uptime_ms < then.uptime_ms + 3_000 {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    client.ask("note after the mistake").unwrap();
+    bed.assert_equal_disks();
+    let ordered = Instant::now();
+    bed.fleet.go_back(GUEST, epoch).unwrap();
+    bed.lab.wait_guest(GUEST).unwrap();
+    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
+    assert_eq!(client.ask("note").unwrap(), "note before the mistake");
+    let now = client.status().unwrap();
+    assert!(now.uptime_ms <= then.uptime_ms + ordered.elapsed().as_millis() as u64, "{now:?} from {then:?}");
+    assert_eq!((&now.boot, now.errors), (&then.boot, 0));
+    // Read from the disks, and not one record more than the memory knows of.
+    let back = records(&bed);
+    println!("back at epoch {epoch}: {} records then, {back:?} now", then.records);
+    client.verify().unwrap();
+    let view = bed.wait_protection_goes_on();
+    assert_eq!(view.primary.host, "host2");
+    check_file_systems(&bed, "host2");
+    bed.assert_equal_disks();
     bed.assert_guest_unharmed();
 }
