@@ -267,3 +267,39 @@ fn memory_and_disks_go_back_to_one_epoch() {
     bed.assert_equal_disks();
     bed.assert_guest_unharmed();
 }
+
+#[test]
+fn a_damaged_shadow_is_repaired_and_not_promoted() {
+    let _one = one_lab();
+    let bed = raise("disk-damage", 2, QemuUser::Root, &["64"]);
+    bed.enable();
+    bed.wait_protected();
+    bed.assert_equal_disks();
+    // In a part of the disk that the guest does not use: nothing writes over it.
+    let flip = format!("printf x | dd of=$(ls {IMAGES}/*/vda.*.img) bs=1 seek=$((60 << 20)) conv=notrunc 2>&1");
+    run(&bed, "host2", &flip);
+    let began = Instant::now();
+    let report = loop {
+        match bed.fleet.verify(GUEST) {
+            Ok(report) if report.shadows.iter().any(|shadow| shadow.pages_compared > 0) => break report,
+            outcome => assert!(began.elapsed() < BACK_WITHIN, "not compared: {outcome:?}"),
+        }
+    };
+    let shadow = &report.shadows[0];
+    assert!(!shadow.equal && shadow.difference.contains("1 pages, the first at 0x3c00000 of disk:vda"), "{shadow:?}");
+    let told =
+        |kind: &str| bed.fleet.events().unwrap().iter().any(|event| event.kind == kind && event.level == "alarm");
+    while !told("shadow-damaged") {
+        assert!(began.elapsed() < BACK_WITHIN, "no event");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    bed.wait_protection_goes_on();
+    bed.assert_equal_disks();
+    let cut = bed.lab.power_cut("host1").unwrap();
+    bed.watch.wait_answer_after(cut + Duration::from_millis(60), BACK_WITHIN).expect("the guest answers");
+    records(&bed);
+    let byte =
+        format!("dd if=$(ls {IMAGES}/*/vda.*.img | head -1) bs=1 skip=$((60 << 20)) count=1 2>/dev/null | od -An -tx1");
+    assert_eq!(run(&bed, "host2", &byte), "00");
+    bed.assert_guest_unharmed();
+}

@@ -50,6 +50,13 @@ impl CommandHandler for Agent {
                 blocking(move || shadows.hold_epoch(&uuid, epoch, hold_ms)).await??;
                 Ok(Done::Nothing)
             }
+            Command::DistrustShadow { uuid, difference } => {
+                let (shadows, id) = (Arc::clone(&self.shadows), uuid.clone());
+                let message = blocking(move || shadows.distrust(&id, &difference)).await??;
+                let (level, name) = ("alarm".into(), "shadow-damaged".into());
+                (self.context.report)(GuestEvent::Notice { uuid: Some(uuid), level, name, message });
+                Ok(Done::Nothing)
+            }
             Command::FinalCut { uuid, to } => {
                 let answer = self.ask_primary(&uuid, |primary| primary.final_cut(to))?.await?;
                 Ok(Done::FinalCut { epoch: answer.0, paused_for_us: answer.1 })
@@ -95,6 +102,7 @@ fn uuid_of(command: &Command) -> Option<&String> {
         | Command::Promote { uuid, .. }
         | Command::Epochs { uuid }
         | Command::HoldEpoch { uuid, .. }
+        | Command::DistrustShadow { uuid, .. }
         | Command::FinalCut { uuid, .. }
         | Command::UndoFinalCut { uuid, .. }
         | Command::Retire { uuid, .. }

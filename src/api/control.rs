@@ -293,6 +293,8 @@ pub enum Command {
     Epochs { uuid: String },
     /// Keep that epoch for so long, whatever the limits say: a promotion back to it is about to come.
     HoldEpoch { uuid: String, epoch: u64, hold_ms: u64 },
+    /// The shadow here was found different from its guest: give up what it has committed, and have it compared anew.
+    DistrustShadow { uuid: String, difference: String },
     /// Suspend the guest, cut, and wait until `to` has committed it. The guest stays suspended. -> [`Done::FinalCut`]
     FinalCut { uuid: String, to: String },
     /// Undo a `FinalCut`: the guest goes on here.

@@ -19,7 +19,7 @@ use crate::api::control::{Command, Done, GuestNeeds};
 use crate::api::percent;
 use crate::api::types::{
     ApiError, DEFAULT_INTERVAL_MS, EnableRequest, GuestState, MoveReport, MoveRequest, PolicyRequest, PolicyView,
-    ShadowEpochs,
+    ShadowEpochs, VerifyShadow,
 };
 
 /// Longest wait for new events, milliseconds.
@@ -424,8 +424,22 @@ impl Manager {
             return Err(ApiError::new("conflict", message));
         }
         match self.call(&host, Command::Verify { uuid: id.to_string() }, VERIFY_TIMEOUT).await? {
-            Done::Verified(report) => to_json(&report),
+            Done::Verified(report) => {
+                for shadow in report.shadows.iter().filter(|shadow| shadow.pages_compared > 0 && !shadow.equal) {
+                    self.distrust(&report.domain, &id.to_string(), shadow).await;
+                }
+                to_json(&report)
+            }
             other => Err(strange(&host, &other)),
+        }
+    }
+
+    /// A shadow that differs from its guest must not be promoted.
+    async fn distrust(&self, domain: &str, uuid: &str, shadow: &VerifyShadow) {
+        let host = HostName::from(&*shadow.host);
+        let command = Command::DistrustShadow { uuid: uuid.into(), difference: shadow.difference.clone() };
+        if let Err(error) = self.call(&host, command, EPOCHS_TIMEOUT).await {
+            tracing::error!(domain, %host, %error, "a shadow that differs from its guest may be promoted; drop it");
         }
     }
 

@@ -207,6 +207,11 @@ impl Shadows {
         self.slot(uuid).ok_or_else(|| self.no_shadow(uuid))?.hold_epoch(epoch, hold_ms)
     }
 
+    /// Gives up what the shadow here has committed, as it was found different; says so.
+    pub fn distrust(&self, uuid: &str, difference: &str) -> Result<String, ApiError> {
+        self.slot(uuid).ok_or_else(|| self.no_shadow(uuid))?.distrust(difference)
+    }
+
     fn no_shadow(&self, uuid: &str) -> ApiError {
         ApiError::new("not-found", format!("{} keeps no shadow of guest {uuid}", self.shared.host))
     }

@@ -523,6 +523,20 @@ impl Slot {
         })
     }
 
+    /// Memory or disks were found different from the guest's, as after a fault of this host's memory or disk: no epoch of
+    /// it is promoted. The image stays, and the primary, which finds its connection closed, compares all of it.
+    pub(super) fn distrust(self: &Arc<Self>, difference: &str) -> Result<String, ApiError> {
+        let mut inner = self.lock();
+        let subject = format!("shadow of {} on {}", self.domain, self.shared.host);
+        if inner.ended {
+            return Err(ApiError::new("conflict", format!("{subject}: it is no shadow any more")));
+        }
+        self.step_locked(&mut inner, TargetEvent::ImageLost);
+        inner.problem = format!("it was found damaged ({difference}) and is compared with its guest");
+        self.publish(&inner);
+        Ok(format!("{subject} {}", inner.problem.trim_start_matches("it ")))
+    }
+
     pub(super) fn promote(
         self: &Arc<Self>,
         term: u64,
