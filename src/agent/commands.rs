@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::api::control::{Command, Done, GuestNeeds, GuestRecord, Role, ShadowTarget};
+use crate::api::control::{Command, Done, GuestEvent, GuestNeeds, GuestRecord, Role, ShadowTarget};
 use crate::api::link::{CommandHandler, StartRefusal};
 use crate::api::types::{ApiError, Budget, Consistency, Keep};
 use crate::hypervisor::xml::{self, GuestDefinition};
