@@ -382,7 +382,7 @@ impl FakeAgent {
             Command::HoldEpoch { epoch, .. } if !table.kept.contains(&epoch) => {
                 Err(ApiError::new("not-found", format!("epoch {epoch} is not kept")))
             }
-            Command::HoldEpoch { .. } => Ok(Done::Nothing),
+            Command::HoldEpoch { .. } | Command::DistrustShadow { .. } => Ok(Done::Nothing),
             Command::Promote { uuid, term, back_to, .. } => {
                 if !matches!(table.roles.get(&uuid), Some((Role::Shadow, _)))
                     && table.roles.get(&uuid) != Some(&(Role::Primary, term))
