@@ -335,6 +335,7 @@ impl Slot {
             TargetEffect::Apply(frame) => {
                 let shadow = inner.shadow.as_mut().ok_or("its domain is gone")?;
                 shadow.image_mut().apply(&frame).map_err(|e| text(&e))?;
+                inner.target.reuse(frame);
             }
             TargetEffect::Keep(undo) => {
                 let bytes = self.keep_epoch(inner, &undo)?;

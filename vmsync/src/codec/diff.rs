@@ -5,57 +5,151 @@
 //!                              varint (length - 1) * 2 + (1 if another run of this page follows)
 //! its bytes, in the stream of data: the new contents
 //! ```
-//! A varint has 7 bits a byte, low ones first; both values fit in two for a page, in four for a device state. Runs replace bytes, they are not XORed onto
-//! them: applying the same runs again, or onto contents that have a part of them already, leads to the same page.
-//! The staging journal rests on that.
+//! A varint has 7 bits a byte, low ones first; both values fit in two for a page, in four for a device state. Runs
+//! replace bytes, they are not XORed onto them: applying the same runs again, or onto contents that have a part of them
+//! already, leads to the same page. The staging journal rests on that. So a run may hold bytes that did not change;
+//! runs of a page that changed much are *coarse*: they go on over up to 31 of such bytes.
 //!
-//! The code is portable: words and 64-byte lines in plain loops, which the compiler turns into vector instructions
-//! where the build allows them. What comes out does not depend on it.
+//! Which bytes differ is found by [`super::simd`].
 
-use super::sum::line_weights;
+use super::simd::{ByteMasks, LINE_BYTES, LINES, bring_up, changed_bytes, line_mask};
 use crate::units::{PAGE_SIZE, Page};
 
 /// Unchanged bytes between two runs that are not worth another run's header.
 const MERGE_GAP_BYTES: usize = 3;
-pub(super) const LINE_BYTES: usize = 64;
-/// Compared at once.
-const PART_BYTES: usize = 512;
+/// The same where much changed: few long runs are coded faster than many short ones, and zstd does better on them.
+const COARSE_GAP_BYTES: usize = 31;
+/// Changed bytes of a page from which on runs are coarse.
+const COARSE_FROM_BYTES: usize = 1024;
 
 /// How a page compares with its previous contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Difference {
     None,
-    /// Runs and data were appended.
+    /// They were collected.
     Sparse,
-    /// Too many: nothing was appended.
+    /// Too many.
     Dense,
 }
 
-/// Brings `old` to `new`, keeps its sum right, and appends what changed unless that takes more than `limit` bytes.
-pub(super) fn advance(
-    old: &mut Page,
-    new: &Page,
-    sum: &mut u64,
-    limit: usize,
-    runs: &mut Vec<u8>,
-    data: &mut Vec<u8>,
-) -> Difference {
-    let mut lines = changed_lines(old, new);
-    if lines == 0 {
-        return Difference::None;
+/// Room in which the changes of one page are collected; kept from page to page.
+pub(super) struct PatchRoom {
+    masks: ByteMasks,
+    runs: [u8; RUNS_ROOM],
+    data: [u8; PAGE_SIZE + SHORT_COPY],
+    runs_len: usize,
+    data_len: usize,
+}
+
+/// Of runs, which are cut off at the end of the line where changes exceed their limit.
+const RUNS_ROOM: usize = PAGE_SIZE + LINE_BYTES * 2;
+/// Bytes that are copied at once, whether a run has so many or fewer.
+const SHORT_COPY: usize = 16;
+
+impl Default for PatchRoom {
+    fn default() -> Self {
+        Self { masks: [0; LINES], runs: [0; RUNS_ROOM], data: [0; PAGE_SIZE + SHORT_COPY], runs_len: 0, data_len: 0 }
     }
-    let mut writer = RunWriter::new(runs, data, new, limit);
-    let (old, new) = (old.as_chunks_mut::<LINE_BYTES>().0, new.as_chunks::<LINE_BYTES>().0);
-    while lines != 0 {
-        let line = lines.trailing_zeros() as usize;
-        lines &= lines - 1;
-        if !writer.full {
-            writer.line(line * LINE_BYTES, changed_bytes(&old[line], &new[line]));
+}
+
+impl std::fmt::Debug for PatchRoom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PatchRoom").finish_non_exhaustive()
+    }
+}
+
+impl PatchRoom {
+    /// Brings `old` to `new`, keeps its sum right, and collects what changed unless that takes more than `limit` bytes.
+    pub(super) fn advance(&mut self, old: &mut Page, new: &Page, sum: &mut u64, limit: usize) -> Difference {
+        let lines = changed_bytes(old, new, &mut self.masks);
+        if lines == 0 {
+            return Difference::None;
         }
-        *sum = sum.wrapping_add(sum_change(line, &old[line], &new[line]));
-        old[line] = new[line];
+        *sum = sum.wrapping_add(bring_up(old, new, lines));
+        let limit = limit.min(PAGE_SIZE);
+        let changed = self.changed_bytes(lines);
+        let fine =
+            changed <= COARSE_FROM_BYTES && self.collect(new, lines, limit.min(COARSE_FROM_BYTES), MERGE_GAP_BYTES);
+        if fine || changed <= limit && limit > COARSE_FROM_BYTES && self.collect(new, lines, limit, COARSE_GAP_BYTES) {
+            Difference::Sparse
+        } else {
+            Difference::Dense
+        }
     }
-    writer.finish()
+
+    fn changed_bytes(&self, mut lines: u64) -> usize {
+        let mut bytes = 0;
+        while lines != 0 {
+            bytes += self.masks[lines.trailing_zeros() as usize % LINES].count_ones();
+            lines &= lines - 1;
+        }
+        bytes as usize
+    }
+
+    /// Runs of the page that was collected last.
+    pub(super) fn runs(&self) -> &[u8] {
+        &self.runs[..self.runs_len]
+    }
+
+    /// Their bytes.
+    pub(super) fn data(&self) -> &[u8] {
+        &self.data[..self.data_len]
+    }
+
+    fn collect(&mut self, new: &Page, mut lines: u64, limit: usize, gap: usize) -> bool {
+        (self.runs_len, self.data_len) = (0, 0);
+        let (mut closed_at, mut open) = (0, None);
+        while lines != 0 {
+            let line = lines.trailing_zeros() as usize % LINES;
+            lines &= lines - 1;
+            let mut mask = self.masks[line];
+            while mask != 0 {
+                let first = mask.trailing_zeros() as usize;
+                // Carries through the run of ones.
+                let rest = mask.wrapping_add(mask & mask.wrapping_neg());
+                let end = if rest == 0 { LINE_BYTES } else { rest.trailing_zeros() as usize };
+                mask &= rest;
+                let (start, end) = (line * LINE_BYTES + first, line * LINE_BYTES + end);
+                open = match open {
+                    Some((open_start, open_end)) if start - open_end <= gap => Some((open_start, end)),
+                    Some((open_start, open_end)) => {
+                        self.close(new, closed_at, open_start, open_end, true);
+                        closed_at = open_end;
+                        Some((start, end))
+                    }
+                    None => Some((start, end)),
+                };
+            }
+            if self.runs_len + self.data_len > limit {
+                return false;
+            }
+        }
+        if let Some((start, end)) = open {
+            self.close(new, closed_at, start, end, false);
+        }
+        self.runs_len + self.data_len <= limit
+    }
+
+    fn close(&mut self, new: &Page, closed_at: usize, start: usize, end: usize, more: bool) {
+        let len = end - start;
+        self.put(start - closed_at);
+        self.put((len - 1) * 2 + usize::from(more));
+        let to = &mut self.data[self.data_len..];
+        if len <= SHORT_COPY && start + SHORT_COPY <= PAGE_SIZE {
+            to[..SHORT_COPY].copy_from_slice(&new[start..start + SHORT_COPY]);
+        } else {
+            to[..len].copy_from_slice(&new[start..end]);
+        }
+        self.data_len += len;
+    }
+
+    /// A varint of at most two bytes: [`put_varint`].
+    fn put(&mut self, value: usize) {
+        let long = usize::from(value >= 0x80);
+        let bytes = [(value & 0x7f | long << 7) as u8, (value >> 7) as u8];
+        self.runs[self.runs_len..self.runs_len + 2].copy_from_slice(&bytes);
+        self.runs_len += 1 + long;
+    }
 }
 
 /// Appends what changed between byte strings of one length, unless that takes more than `limit` bytes.
@@ -68,7 +162,7 @@ pub(super) fn compare(old: &[u8], new: &[u8], limit: usize, runs: &mut Vec<u8>, 
     let ((old, old_tail), (new, new_tail)) = (old.as_chunks(), new.as_chunks());
     for (line, (old, new)) in old.iter().zip(new).enumerate() {
         if old != new {
-            writer.line(line * LINE_BYTES, changed_bytes(old, new));
+            writer.line(line * LINE_BYTES, line_mask(old, new));
         }
         if writer.full {
             break;
@@ -79,53 +173,8 @@ pub(super) fn compare(old: &[u8], new: &[u8], limit: usize, runs: &mut Vec<u8>, 
         line[..tail.len()].copy_from_slice(tail);
         line
     };
-    writer.line(old.len() * LINE_BYTES, changed_bytes(&padded(old_tail), &padded(new_tail)));
+    writer.line(old.len() * LINE_BYTES, line_mask(&padded(old_tail), &padded(new_tail)));
     writer.finish()
-}
-
-/// One bit for each 64-byte line that differs.
-fn changed_lines(old: &Page, new: &Page) -> u64 {
-    let (old, new) = (old.as_chunks::<PART_BYTES>().0, new.as_chunks::<PART_BYTES>().0);
-    let mut mask = 0;
-    for (part, (old, new)) in old.iter().zip(new).enumerate() {
-        // Most parts of most pages are equal, and libc compares memory with the machine's best code.
-        if old == new {
-            continue;
-        }
-        let lines = old.as_chunks::<LINE_BYTES>().0.iter().zip(new.as_chunks::<LINE_BYTES>().0);
-        for (line, (old, new)) in lines.enumerate() {
-            mask |= u64::from(line_differs(old, new)) << (part * (PART_BYTES / LINE_BYTES) + line);
-        }
-    }
-    mask
-}
-
-fn line_differs(old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> bool {
-    let words = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
-    words.fold(0, |differs, (old, new)| differs | (u64::from_ne_bytes(*old) ^ u64::from_ne_bytes(*new))) != 0
-}
-
-/// One bit for each byte of a line that differs.
-fn changed_bytes(old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> u64 {
-    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-    /// Moves bit 0 of byte i to bit 56 + i, without carries between them.
-    const GATHER: u64 = 0x0102_0408_1020_4080;
-    let mut mask = 0;
-    for (word, (old, new)) in old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0).enumerate() {
-        let differs = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
-        // The top bit of each byte that is not zero.
-        let top = (((differs & LOW) + LOW) | differs) & !LOW;
-        mask |= ((top >> 7).wrapping_mul(GATHER) >> 56) << (8 * word);
-    }
-    mask
-}
-
-fn sum_change(line: usize, old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> u64 {
-    let words = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
-    words.zip(line_weights(line)).fold(0, |sum: u64, ((old, new), weight)| {
-        let change = u64::from_le_bytes(*new).wrapping_sub(u64::from_le_bytes(*old));
-        sum.wrapping_add(change.wrapping_mul(*weight))
-    })
 }
 
 /// Collects runs; the last one stays open until it is known whether another follows.
@@ -289,9 +338,24 @@ impl<'a> Patch<'a> {
         for (offset, bytes) in self.runs() {
             // Within them, as was checked when it was decoded.
             if let Some(to) = contents.get_mut(offset..offset + bytes.len()) {
-                to.copy_from_slice(bytes);
+                copy_short(to, bytes);
             }
         }
+    }
+}
+
+/// Copies between slices of one length, most of them of a few bytes.
+fn copy_short(to: &mut [u8], from: &[u8]) {
+    match (to.first_chunk_mut::<8>(), from.first_chunk::<8>()) {
+        // Both ends, which overlap.
+        (Some(first), Some(bytes)) if from.len() <= 16 => {
+            *first = *bytes;
+            if let (Some(last), Some(bytes)) = (to.last_chunk_mut::<8>(), from.last_chunk::<8>()) {
+                *last = *bytes;
+            }
+        }
+        (Some(_), _) => to.copy_from_slice(from),
+        (None, _) => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
     }
 }
 
@@ -303,11 +367,11 @@ mod tests {
     use super::*;
 
     /// The reference: byte by byte.
-    fn naive(old: &Page, new: &Page) -> (Vec<u8>, Vec<u8>) {
+    fn naive(old: &Page, new: &Page, gap: usize) -> (Vec<u8>, Vec<u8>) {
         let mut found: Vec<(usize, usize)> = Vec::new();
         for at in (0..PAGE_SIZE).filter(|at| old[*at] != new[*at]) {
             match found.last_mut() {
-                Some((_, end)) if at - *end <= MERGE_GAP_BYTES => *end = at + 1,
+                Some((_, end)) if at - *end <= gap => *end = at + 1,
                 _ => found.push((at, at + 1)),
             }
         }
@@ -340,24 +404,29 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_are_those_of_the_naive_code(first in writes(), then in writes(), limit in 0usize..3000) {
+        fn runs_are_those_of_the_naive_code(first in writes(), then in writes(), limit in 0usize..4500) {
             let mut old = page(&first, [0; PAGE_SIZE]);
             let new = page(&then, old);
             let (base, mut sum) = (old, page_sum(&old));
-            let (mut runs, mut data) = (vec![9], vec![8]);
-            let difference = advance(&mut old, &new, &mut sum, limit, &mut runs, &mut data);
+            let mut room = PatchRoom::default();
+            let mut other = [5; PAGE_SIZE];
+            room.advance(&mut other, &base, &mut 0, limit);
+            let difference = room.advance(&mut old, &new, &mut sum, limit);
             prop_assert_eq!(old, new);
             prop_assert_eq!(sum, page_sum(&new));
-            let (naive_runs, naive_data) = naive(&base, &new);
+            let (mut naive_runs, mut naive_data) = naive(&base, &new, MERGE_GAP_BYTES);
+            if naive_runs.len() + naive_data.len() > COARSE_FROM_BYTES && limit > COARSE_FROM_BYTES {
+                (naive_runs, naive_data) = naive(&base, &new, COARSE_GAP_BYTES);
+            }
+            let limit = limit.min(PAGE_SIZE);
             match difference {
                 Difference::None => prop_assert_eq!(base, new),
                 Difference::Dense => {
                     prop_assert!(naive_runs.len() + naive_data.len() > limit);
-                    prop_assert_eq!((runs, data), (vec![9], vec![8]));
                 }
                 Difference::Sparse => {
-                    prop_assert_eq!((&runs[1..], &data[1..]), (&naive_runs[..], &naive_data[..]));
-                    let (mut runs, mut data) = (&runs[1..], &data[1..]);
+                    let (mut runs, mut data) = (room.runs(), room.data());
+                    prop_assert_eq!((runs, data), (&naive_runs[..], &naive_data[..]));
                     let patch = take_page_runs(&mut runs, &mut data).unwrap();
                     prop_assert!(runs.is_empty() && data.is_empty());
                     let mut patched = base;
@@ -388,9 +457,9 @@ mod tests {
         for at in 0..PAGE_SIZE {
             let (mut old, mut new) = ([3; PAGE_SIZE], [3; PAGE_SIZE]);
             new[at] ^= 0x80;
-            let (mut sum, mut runs, mut data) = (page_sum(&old), Vec::new(), Vec::new());
-            assert_eq!(advance(&mut old, &new, &mut sum, 64, &mut runs, &mut data), Difference::Sparse);
-            assert_eq!(Patch::of_page(&runs, &data).runs().collect::<Vec<_>>(), [(at, &new[at..=at])]);
+            let (mut sum, mut room) = (page_sum(&old), PatchRoom::default());
+            assert_eq!(room.advance(&mut old, &new, &mut sum, 64), Difference::Sparse);
+            assert_eq!(Patch::of_page(room.runs(), room.data()).runs().collect::<Vec<_>>(), [(at, &new[at..=at])]);
         }
     }
 

@@ -10,18 +10,20 @@
 //! before has arrived. Whoever calls it must know which shadows those are: see
 //! [`crate::source`]. [`Encoder::whole`] needs nothing on the other side.
 
-use super::diff::{Difference, advance};
-use super::mirror::{Mirror, MirrorBudget};
+use super::diff::{Difference, PatchRoom};
+use super::mirror::{HeldAt, Mirror, MirrorBudget};
+use super::simd;
 use super::sum::{fill_sum, page_sum, tag};
 use super::writer::FrameWriter;
 use crate::hashes::{HashSeed, HashTable, hash_page};
 use crate::layout::RamLayout;
 use crate::units::{Page, PageAddr};
 
-/// Longest patch, bytes before compression; a page that needs more goes whole: zstd does better on it.
-const PATCH_LIMIT_BYTES: usize = 1024;
-/// The same at fast levels, whose zstd does worse.
-const PATCH_LIMIT_FAST_BYTES: usize = 2048;
+/// Longest patch, bytes before compression; a page that needs more goes whole, which spares its tags and runs.
+pub(super) const PATCH_LIMIT_BYTES: usize = 3584;
+
+/// How many pages before it is coded a page is best [fetched](Encoder::fetch).
+pub const FETCH_AHEAD: usize = 3;
 
 /// What a page of a cut came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,28 +60,25 @@ pub struct Encoder {
     hashes: HashTable,
     seed: HashSeed,
     writer: FrameWriter,
-    patch_limit: usize,
+    room: Box<PatchRoom>,
     stats: CodecStats,
 }
 
 impl Encoder {
     /// `level`: see [`set_level`](Self::set_level).
     pub fn new(layout: &RamLayout, budget: MirrorBudget, seed: HashSeed, level: i32) -> Self {
-        let mut encoder = Self {
+        Self {
             mirror: Mirror::new(layout, budget),
             hashes: HashTable::new(layout),
             seed,
             writer: FrameWriter::new(level),
-            patch_limit: PATCH_LIMIT_BYTES,
+            room: Box::default(),
             stats: CodecStats::default(),
-        };
-        encoder.set_level(level);
-        encoder
+        }
     }
 
     /// zstd's level for whole pages: 1 and up is small, negative is fast; 0 turns all compression off.
     pub fn set_level(&mut self, level: i32) {
-        self.patch_limit = if level < 0 { PATCH_LIMIT_FAST_BYTES } else { PATCH_LIMIT_BYTES };
         self.writer.set_level(level);
     }
 
@@ -93,13 +92,19 @@ impl Encoder {
         self.mirror.begin_cut();
     }
 
+    /// A page will be coded soon: what is needed for it is on its way into the CPU's caches meanwhile. Only speed
+    /// depends on it.
+    pub fn fetch(&self, addr: PageAddr, page: &Page) {
+        simd::fetch(page);
+        self.mirror.fetch(addr);
+    }
+
     /// Codes a dirty page against its previous contents, which these become.
     pub fn page(&mut self, addr: PageAddr, page: &Page) -> PageFate {
-        self.mirror.touch(addr);
-        self.mirror.set_stale(addr, false);
+        let held = self.mirror.touch(addr);
         let fate = match one_word(page) {
-            Some(word) => self.filled(addr, page, word),
-            None => self.page_with_contents(addr, page),
+            Some(word) => self.filled(addr, held, page, word),
+            None => self.page_with_contents(addr, held, page),
         };
         match fate {
             PageFate::Same | PageFate::SameByHash => self.stats.pages_same += 1,
@@ -126,6 +131,11 @@ impl Encoder {
     /// Ends what was begun, and gives all frames since the last call. They name each page once, in any order.
     pub fn finish(&mut self) -> Vec<Vec<u8>> {
         self.writer.finish()
+    }
+
+    /// Takes frames back whose bytes are needed no longer: their memory serves the next ones.
+    pub fn reuse(&mut self, frames: Vec<Vec<u8>>) {
+        frames.into_iter().for_each(|frame| self.writer.reuse(frame));
     }
 
     /// Whether these are the previous contents; `None`: they are not held.
@@ -156,9 +166,10 @@ impl Encoder {
         CodecStats { mirror_pages: pages, mirror_pages_max: max, ..self.stats }
     }
 
-    fn filled(&mut self, addr: PageAddr, page: &Page, word: u64) -> PageFate {
+    fn filled(&mut self, addr: PageAddr, held: Option<HeldAt>, page: &Page, word: u64) -> PageFate {
         let sum = fill_sum(word);
-        if let Some(held) = self.mirror.held(addr) {
+        if let Some(held) = held {
+            let held = self.mirror.held(held);
             if *held.sum == sum && held.page == page {
                 return PageFate::Same;
             }
@@ -175,16 +186,16 @@ impl Encoder {
         PageFate::Coded { patch: false }
     }
 
-    fn page_with_contents(&mut self, addr: PageAddr, page: &Page) -> PageFate {
+    fn page_with_contents(&mut self, addr: PageAddr, held: Option<HeldAt>, page: &Page) -> PageFate {
         let mut newly_held = true;
-        if let Some(held) = self.mirror.held(addr) {
+        if let Some(held) = held {
+            let held = self.mirror.held(held);
             let before = tag(*held.sum);
-            let (runs, data) = self.writer.patch_streams(self.patch_limit);
-            match advance(held.page, page, held.sum, self.patch_limit, runs, data) {
+            match self.room.advance(held.page, page, held.sum, PATCH_LIMIT_BYTES) {
                 Difference::None => return PageFate::Same,
                 Difference::Sparse => {
                     let after = tag(*held.sum);
-                    self.writer.patched(addr, before, after);
+                    self.writer.patch(addr, &self.room, before, after);
                     return PageFate::Coded { patch: true };
                 }
                 Difference::Dense => newly_held = false,
@@ -207,10 +218,7 @@ impl Encoder {
         let put_out = |addr: PageAddr, page: &Page| {
             hashes.set(addr, hash_page(seed, page));
         };
-        if self.mirror.admit(addr, page, put_out) {
-            if let Some(held) = self.mirror.held(addr) {
-                *held.sum = sum();
-            }
+        if self.mirror.admit(addr, page, sum, put_out) {
             let former = self.hashes.get(addr);
             self.hashes.forget(addr);
             return former.is_some_and(|former| former == hash_page(seed, page));

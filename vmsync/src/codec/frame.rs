@@ -77,7 +77,7 @@ impl PageContent<'_> {
 }
 
 /// A decoded, checked frame.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PagesFrame {
     entries: Vec<Entry>,
     /// Decoded data of whole pages, or addresses, runs and data of changes.
@@ -197,15 +197,26 @@ impl KnownPages {
     }
 }
 
-/// Reads frames, trusting nothing; reuses zstd's buffers.
+/// Reads frames, trusting nothing; reuses zstd's buffers, and those of frames that are given back.
 #[derive(Default)]
 pub struct FrameDecoder {
     decompressor: Option<Decompressor<'static>>,
+    spare: Vec<PagesFrame>,
 }
+
+/// Frames whose memory is kept: some 8 MiB.
+const SPARE_MAX: usize = 32;
 
 impl FrameDecoder {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Takes a frame back that is needed no longer: its memory serves a later one.
+    pub fn reuse(&mut self, frame: PagesFrame) {
+        if self.spare.len() < SPARE_MAX {
+            self.spare.push(frame);
+        }
     }
 
     /// Checks and decodes one frame whose pages must lie in `layout`. Allocates at most 512 KiB for it.
@@ -220,10 +231,20 @@ impl FrameDecoder {
         if pages == 0 || usize::from(pages) > max {
             return Err(FrameError::PageCount { found: pages, max });
         }
-        if kind == CHANGES {
-            self.changes(&mut reader, encoding, usize::from(pages), layout)
+        let mut frame = self.spare.pop().unwrap_or_default();
+        frame.entries.clear();
+        frame.bytes.clear();
+        let decoded = if kind == CHANGES {
+            self.changes(&mut reader, encoding, usize::from(pages), layout, &mut frame)
         } else {
-            self.whole(&mut reader, encoding, usize::from(pages), layout)
+            self.whole(&mut reader, encoding, usize::from(pages), layout, &mut frame)
+        };
+        match decoded {
+            Ok(()) => Ok(frame),
+            Err(error) => {
+                self.reuse(frame);
+                Err(error)
+            }
         }
     }
 
@@ -233,8 +254,9 @@ impl FrameDecoder {
         encoding: u8,
         pages: usize,
         layout: &RamLayout,
-    ) -> Result<PagesFrame, FrameError> {
-        let mut entries = Vec::with_capacity(pages);
+        frame: &mut PagesFrame,
+    ) -> Result<(), FrameError> {
+        frame.entries.reserve(pages);
         for index in 0..pages {
             let (page, block) = (PageIndex::new(reader.u32()?), BlockIndex::new(reader.u16()?));
             let addr = PageAddr { block, page };
@@ -242,10 +264,9 @@ impl FrameDecoder {
                 return Err(FrameError::OutsideLayout(addr));
             }
             // At most 64 pages.
-            entries.push(Entry { addr, content: Stored::Data { at: (index * PAGE_SIZE) as u32 } });
+            frame.entries.push(Entry { addr, content: Stored::Data { at: (index * PAGE_SIZE) as u32 } });
         }
-        let bytes = self.unpack(reader.rest(), encoding, pages * PAGE_SIZE)?;
-        Ok(PagesFrame { entries, bytes })
+        self.unpack(reader.rest(), encoding, pages * PAGE_SIZE, &mut frame.bytes)
     }
 
     fn changes(
@@ -254,7 +275,8 @@ impl FrameDecoder {
         encoding: u8,
         pages: usize,
         layout: &RamLayout,
-    ) -> Result<PagesFrame, FrameError> {
+        frame: &mut PagesFrame,
+    ) -> Result<(), FrameError> {
         let patches = usize::from(reader.u16()?);
         if let Some(other) = reader.array::<2>()?.into_iter().find(|b| *b != 0) {
             return Err(FrameError::UnknownValue(other));
@@ -269,38 +291,38 @@ impl FrameDecoder {
         }
         let [addresses, runs, _] = lengths.map(|len| len as usize);
         let tags = reader.take(patches * TAGS_BYTES)?;
-        let bytes = self.unpack(reader.rest(), encoding, total as usize)?;
+        let PagesFrame { entries, bytes } = frame;
+        self.unpack(reader.rest(), encoding, total as usize, bytes)?;
         let (addresses, rest) = bytes.split_at(addresses);
         let (runs, data) = rest.split_at(runs);
         let ends = (addresses.len() + runs.len(), bytes.len());
         let parser = Changes { ends, addresses, runs, data, tags: tags.as_chunks().0, layout };
-        let entries = parser.entries(pages)?;
-        Ok(PagesFrame { entries, bytes })
+        parser.entries(pages, entries)
     }
 
-    fn unpack(&mut self, bytes: &[u8], encoding: u8, expected: usize) -> Result<Vec<u8>, FrameError> {
-        let data = match encoding {
+    fn unpack(&mut self, bytes: &[u8], encoding: u8, expected: usize, data: &mut Vec<u8>) -> Result<(), FrameError> {
+        match encoding {
             RAW if bytes.len() != expected => return Err(FrameError::DataLength { expected, found: bytes.len() }),
-            RAW => bytes.to_vec(),
-            ZSTD => self.decompress(bytes, expected)?,
+            RAW => data.extend_from_slice(bytes),
+            ZSTD => self.decompress(bytes, expected, data)?,
             other => return Err(FrameError::UnknownValue(other)),
-        };
+        }
         if data.len() != expected {
             return Err(FrameError::DataLength { expected, found: data.len() });
         }
-        Ok(data)
+        Ok(())
     }
 
-    fn decompress(&mut self, bytes: &[u8], expected: usize) -> Result<Vec<u8>, FrameError> {
+    fn decompress(&mut self, bytes: &[u8], expected: usize, data: &mut Vec<u8>) -> Result<(), FrameError> {
         let zstd_error = |error: std::io::Error| FrameError::Zstd(error.to_string());
         if self.decompressor.is_none() {
             self.decompressor = Some(Decompressor::new().map_err(zstd_error)?);
         }
         let decompressor = self.decompressor.as_mut().ok_or(FrameError::Truncated)?;
-        let mut data = Vec::with_capacity(expected);
-        // Fails when it would come out longer than the capacity; may be given more of that than was asked for.
-        decompressor.decompress_to_buffer(bytes, &mut data).map_err(zstd_error)?;
-        Ok(data)
+        data.reserve(expected);
+        // Fails when it would come out longer than the capacity; that may be more than was asked for.
+        decompressor.decompress_to_buffer(bytes, data).map_err(zstd_error)?;
+        Ok(())
     }
 }
 
@@ -322,8 +344,8 @@ struct Changes<'a> {
 }
 
 impl Changes<'_> {
-    fn entries(mut self, pages: usize) -> Result<Vec<Entry>, FrameError> {
-        let mut entries = Vec::with_capacity(pages);
+    fn entries(mut self, pages: usize, entries: &mut Vec<Entry>) -> Result<(), FrameError> {
+        entries.reserve(pages);
         let mut block = None;
         let mut next_page = 0u64;
         while !self.addresses.is_empty() {
@@ -351,7 +373,7 @@ impl Changes<'_> {
         if entries.len() != pages || !used_up {
             return Err(FrameError::Changes("lengths"));
         }
-        Ok(entries)
+        Ok(())
     }
 
     fn content(&mut self, kind: usize) -> Result<Stored, FrameError> {

@@ -5,6 +5,7 @@
 //! out by one that is clearly hotter: when all of a guest's pages are dirtied in turn and do not fit, those that are in
 //! stay in and hit, where the least recently used would always have been put out just before it was needed.
 
+use super::simd;
 use crate::layout::RamLayout;
 use crate::units::{PAGE_SIZE, PAGE_SIZE_U64, Page, PageAddr};
 
@@ -72,6 +73,10 @@ struct Slot {
     sum: u64,
 }
 
+/// Where a page is held, until another one is admitted or it is forgotten.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeldAt(usize);
+
 /// A page's place in the mirror.
 pub(super) struct Held<'a> {
     pub(super) page: &'a mut Page,
@@ -133,10 +138,22 @@ impl Mirror {
         self.clock = self.clock.wrapping_add(1);
     }
 
-    /// The page is dirty at this cut.
-    pub(super) fn touch(&mut self, addr: PageAddr) {
-        if let Some(index) = self.index(addr) {
-            self.pages[index] = Account(self.pages[index]).touched(self.clock).0;
+    /// The page is dirty at this cut, and its contents are known; where it is held.
+    pub(super) fn touch(&mut self, addr: PageAddr) -> Option<HeldAt> {
+        let index = self.index(addr)?;
+        let account = Account(self.pages[index]).touched(self.clock);
+        self.pages[index] = account.0;
+        let slot = account.slot()?;
+        self.slots[slot].stale = false;
+        Some(HeldAt(slot))
+    }
+
+    /// The page will be touched soon: what is needed for it is fetched into the CPU's caches.
+    pub(super) fn fetch(&self, addr: PageAddr) {
+        let slot = self.index(addr).and_then(|index| Account(self.pages[index]).slot());
+        if let Some(slot) = slot {
+            simd::fetch_value(&self.slots[slot]);
+            simd::fetch(page_of(&self.slabs, slot));
         }
     }
 
@@ -145,19 +162,24 @@ impl Mirror {
         Some(page_of(&self.slabs, slot))
     }
 
-    pub(super) fn held(&mut self, addr: PageAddr) -> Option<Held<'_>> {
-        let slot = Account(self.pages[self.index(addr)?]).slot()?;
+    pub(super) fn held(&mut self, HeldAt(slot): HeldAt) -> Held<'_> {
         let page = &mut self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES];
-        Some(Held { page, sum: &mut self.slots[slot].sum })
+        Held { page, sum: &mut self.slots[slot].sum }
     }
 
     /// Puts a page in that is not there, if there is room or a colder one; `put_out` is given the page that had to go,
-    /// unless it is stale. Its sum is 0 until it is set.
-    pub(super) fn admit(&mut self, addr: PageAddr, page: &Page, put_out: impl FnOnce(PageAddr, &Page)) -> bool {
+    /// unless it is stale.
+    pub(super) fn admit(
+        &mut self,
+        addr: PageAddr,
+        page: &Page,
+        sum: impl FnOnce() -> u64,
+        put_out: impl FnOnce(PageAddr, &Page),
+    ) -> bool {
         let Some(index) = self.index(addr).filter(|i| self.may_enter(*i)) else { return false };
         let Some(slot) = self.room_for(index, put_out) else { return false };
         // A page's number fits in 32 bits, or it would not be in a layout.
-        self.slots[slot] = Slot { page: index as u32, stale: false, sum: 0 };
+        self.slots[slot] = Slot { page: index as u32, stale: false, sum: sum() };
         self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES] = *page;
         self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
         true
@@ -285,7 +307,7 @@ mod tests {
         mirror.touch(addr);
         let hit = mirror.get(addr).is_some();
         if !hit {
-            mirror.admit(addr, &[page as u8; PAGE_SIZE], |_, _| {});
+            mirror.admit(addr, &[page as u8; PAGE_SIZE], || 0, |_, _| {});
         }
         hit
     }
@@ -369,18 +391,17 @@ mod tests {
                         mirror.forget(addr);
                         model.remove(&page);
                     }
-                    2..5 => mirror.touch(addr),
+                    2..5 => drop(mirror.touch(addr)),
                     _ => {
-                        mirror.touch(addr);
-                        if let Some(held) = mirror.held(addr) {
+                        if let Some(held) = mirror.touch(addr) {
+                            let held = mirror.held(held);
                             *held.page = [fill; PAGE_SIZE];
                             *held.sum = u64::from(fill);
                             model.insert(page, fill);
                         } else {
                             let mut gone = None;
                             let put_out = |addr: PageAddr, page: &Page| gone = Some((addr.page.get(), page[0]));
-                            if mirror.admit(addr, &[fill; PAGE_SIZE], put_out) {
-                                *mirror.held(addr).unwrap().sum = u64::from(fill);
+                            if mirror.admit(addr, &[fill; PAGE_SIZE], || u64::from(fill), put_out) {
                                 if let Some((page, fill)) = gone {
                                     prop_assert_eq!(model.remove(&page), Some(fill));
                                 }
@@ -394,7 +415,9 @@ mod tests {
                 prop_assert_eq!(mirror.len(), model.len());
                 prop_assert!(mirror.len() as u64 <= room);
                 for page in 0..20 {
-                    let held = mirror.held(PageAddr::new(0, page)).map(|h| (*h.page, *h.sum));
+                    let slot = Account(mirror.pages[page as usize]).slot();
+                    prop_assert_eq!(slot.is_some(), mirror.get(PageAddr::new(0, page)).is_some());
+                    let held = slot.map(|slot| mirror.held(HeldAt(slot))).map(|h| (*h.page, *h.sum));
                     prop_assert_eq!(held, model.get(&page).map(|f| ([*f; PAGE_SIZE], u64::from(*f))));
                 }
             }

@@ -23,11 +23,13 @@ pub mod undo;
 pub mod blob;
 mod diff;
 mod noise;
+#[allow(unsafe_code)]
+mod simd;
 mod writer;
 
 pub use diff::Patch;
 pub use effort::{Effort, Pace};
-pub use encoder::{CodecStats, Encoder, PageFate, is_zero};
+pub use encoder::{CodecStats, Encoder, FETCH_AHEAD, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
 pub use mirror::MirrorBudget;
 pub use sum::KnownPages;

@@ -8,6 +8,7 @@
 //! On the wire and in a target's table a sum is folded to a [`Tag`] of 16 bits: a page that is out of step is missed
 //! once in 65,535 times, a fault that takes many pages out of step is not missed.
 
+use super::simd::{self, LINES};
 use crate::layout::RamLayout;
 use crate::units::{PAGE_SIZE, Page, PageAddr};
 
@@ -19,11 +20,11 @@ pub(super) type Tag = u16;
 
 const UNKNOWN: Tag = 0;
 /// Odd, and without a pattern: the first outputs of SplitMix64.
-static WEIGHTS: [u64; WORDS] = weights();
+static WEIGHTS: [[u64; 8]; LINES] = weights();
 const FILL_WEIGHT: u64 = fill_weight();
 
-const fn weights() -> [u64; WORDS] {
-    let mut weights = [0; WORDS];
+const fn weights() -> [[u64; 8]; LINES] {
+    let mut weights = [[0; 8]; LINES];
     let mut state = 0u64;
     let mut i = 0;
     while i < WORDS {
@@ -31,7 +32,7 @@ const fn weights() -> [u64; WORDS] {
         let mut z = state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        weights[i] = (z ^ (z >> 31)) | 1;
+        weights[i / 8][i % 8] = (z ^ (z >> 31)) | 1;
         i += 1;
     }
     weights
@@ -42,24 +43,20 @@ const fn fill_weight() -> u64 {
     let mut sum = 0u64;
     let mut i = 0;
     while i < WORDS {
-        sum = sum.wrapping_add(weights[i]);
+        sum = sum.wrapping_add(weights[i / 8][i % 8]);
         i += 1;
     }
     sum
 }
 
-/// Weights of the 8 words of a 64-byte line.
-pub(super) fn line_weights(line: usize) -> &'static [u64; 8] {
-    &WEIGHTS.as_chunks::<8>().0[line]
+/// Weights of the 8 words of each 64-byte line.
+pub(super) fn weight_lines() -> &'static [[u64; 8]; LINES] {
+    &WEIGHTS
 }
 
 /// Sum of a page's contents.
 pub fn page_sum(page: &Page) -> u64 {
-    let words = page.as_chunks::<8>().0;
-    words
-        .iter()
-        .zip(&WEIGHTS)
-        .fold(0, |sum: u64, (word, weight)| sum.wrapping_add(u64::from_le_bytes(*word).wrapping_mul(*weight)))
+    simd::page_sum(page)
 }
 
 /// Sum of a page that holds `word` in all its places.
@@ -136,7 +133,7 @@ mod tests {
             let old = u64::from_le_bytes(page.as_chunks::<8>().0[word]);
             page[at] = byte;
             let new = u64::from_le_bytes(page.as_chunks::<8>().0[word]);
-            sum = sum.wrapping_add(new.wrapping_sub(old).wrapping_mul(line_weights(word / 8)[word % 8]));
+            sum = sum.wrapping_add(new.wrapping_sub(old).wrapping_mul(weight_lines()[word / 8][word % 8]));
             assert_eq!(page_sum(&page), sum);
         }
         let word = 0x0123_4567_89ab_cdefu64;

@@ -3,26 +3,25 @@
 //! Frames like all others, of which each names its pages once. Made on a shadow's host before an epoch is applied, so
 //! it must cost less than the epoch did: nothing is remembered, and what changed little goes as a patch.
 
-use super::diff::{Difference, advance};
-use super::encoder::one_word;
+use super::diff::{Difference, PatchRoom};
+use super::encoder::{PATCH_LIMIT_BYTES, one_word};
 use super::sum::{page_sum, tag};
 use super::writer::FrameWriter;
 use crate::units::{Page, PageAddr};
 
 /// zstd's level for whole pages: nobody waits for it, but a shadow's host has many guests.
 const LEVEL: i32 = 1;
-/// Longest patch, bytes before compression.
-const PATCH_LIMIT_BYTES: usize = 1024;
 
 /// Codes former contents of pages into frames.
 #[derive(Debug)]
 pub struct UndoEncoder {
     writer: FrameWriter,
+    room: Box<PatchRoom>,
 }
 
 impl Default for UndoEncoder {
     fn default() -> Self {
-        Self { writer: FrameWriter::new(LEVEL) }
+        Self { writer: FrameWriter::new(LEVEL), room: Box::default() }
     }
 }
 
@@ -39,10 +38,9 @@ impl UndoEncoder {
         }
         let mut sum = page_sum(&newer);
         let before = tag(sum);
-        let (runs, data) = self.writer.patch_streams(PATCH_LIMIT_BYTES);
-        match advance(&mut newer, former, &mut sum, PATCH_LIMIT_BYTES, runs, data) {
+        match self.room.advance(&mut newer, former, &mut sum, PATCH_LIMIT_BYTES) {
             Difference::None => {}
-            Difference::Sparse => self.writer.patched(addr, before, tag(sum)),
+            Difference::Sparse => self.writer.patch(addr, &self.room, before, tag(sum)),
             Difference::Dense => drop(self.writer.data(addr, former)),
         }
     }

@@ -2,10 +2,10 @@
 
 use zstd::bulk::Compressor;
 
-use super::diff::put_varint;
+use super::diff::{PatchRoom, put_varint};
 use super::frame::{
-    CHANGES, CHANGES_HEAD_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES, MAX_STREAM_BYTES,
-    MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, ZSTD,
+    CHANGES, CHANGES_HEAD_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES, MAX_FRAME_BYTES,
+    MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, ZSTD,
 };
 use super::noise::NoiseFilter;
 use super::sum::Tag;
@@ -31,7 +31,15 @@ pub(super) struct FrameWriter {
     changes_packer: Option<Compressor<'static>>,
     scratch: Vec<u8>,
     frames: Vec<Vec<u8>>,
+    spare: Spare,
 }
+
+/// Memory of former frames.
+#[derive(Default)]
+struct Spare(Vec<Vec<u8>>);
+
+/// Frames whose memory is kept: 8 MiB.
+const SPARE_MAX: usize = 32;
 
 #[derive(Default)]
 struct Changes {
@@ -64,6 +72,7 @@ impl FrameWriter {
             changes_packer: None,
             scratch: Vec::new(),
             frames: Vec::new(),
+            spare: Spare::default(),
         };
         writer.set_level(level);
         writer
@@ -95,14 +104,12 @@ impl FrameWriter {
         self.changes_grew(0);
     }
 
-    /// Where a patch of at most `limit` bytes may be appended; [`patched`](Self::patched) ends it.
-    pub(super) fn patch_streams(&mut self, limit: usize) -> (&mut Vec<u8>, &mut Vec<u8>) {
-        self.changes_grew(limit);
-        (&mut self.changes.runs, &mut self.changes.data)
-    }
-
-    /// Runs and data of this page were appended.
-    pub(super) fn patched(&mut self, addr: PageAddr, before: Tag, after: Tag) {
+    /// The changes that were collected.
+    pub(super) fn patch(&mut self, addr: PageAddr, changes: &PatchRoom, before: Tag, after: Tag) {
+        let (runs, data) = (changes.runs(), changes.data());
+        self.changes_grew(runs.len() + data.len());
+        self.changes.runs.extend_from_slice(runs);
+        self.changes.data.extend_from_slice(data);
         self.changes.address(addr, KIND_PATCH);
         self.changes.patches += 1;
         self.changes.tags.put_u16(before);
@@ -117,7 +124,7 @@ impl FrameWriter {
             if self.noise.wants_probe() {
                 self.probe(page);
             }
-            self.plain.push(addr, page);
+            self.plain.push(addr, page, &mut self.spare);
             if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
                 self.frames.push(self.plain.take());
             }
@@ -145,6 +152,11 @@ impl FrameWriter {
         std::mem::take(&mut self.frames)
     }
 
+    /// Takes a frame back that is needed no longer.
+    pub(super) fn reuse(&mut self, frame: Vec<u8>) {
+        self.spare.put(frame);
+    }
+
     /// Ends the frame of changes if a page with a patch of `limit` bytes might not fit.
     fn changes_grew(&mut self, limit: usize) {
         let changes = &self.changes;
@@ -162,7 +174,7 @@ impl FrameWriter {
         }
         let [addresses, runs, data] = [&changes.addresses, &changes.runs, &changes.data].map(Vec::len);
         let streams = addresses + runs + data;
-        let mut out = Vec::with_capacity(CHANGES_HEAD_BYTES + changes.tags.len() + streams);
+        let mut out = self.spare.take(CHANGES_HEAD_BYTES + changes.tags.len() + streams);
         out.extend_from_slice(&[CHANGES, RAW]);
         out.put_u16(changes.pages);
         out.put_u16(changes.patches);
@@ -182,7 +194,7 @@ impl FrameWriter {
     }
 
     fn write_packed(&mut self) {
-        self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch));
+        self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch, &mut self.spare));
     }
 
     /// Compresses a page that was judged as noise, to learn from it.
@@ -191,6 +203,22 @@ impl FrameWriter {
         self.scratch.reserve(2 * PAGE_SIZE);
         if let Some(Ok(packed)) = self.packer.as_mut().map(|p| p.compress_to_buffer(page, &mut self.scratch)) {
             self.noise.probed(PAGE_SIZE, packed);
+        }
+    }
+}
+
+impl Spare {
+    /// Room for a frame. Memory that just came from the operating system costs more than what is written into it.
+    fn take(&mut self, capacity: usize) -> Vec<u8> {
+        let mut frame = self.0.pop().unwrap_or_default();
+        frame.reserve(capacity);
+        frame
+    }
+
+    fn put(&mut self, mut frame: Vec<u8>) {
+        if self.0.len() < SPARE_MAX && frame.capacity() <= 2 * MAX_FRAME_BYTES {
+            frame.clear();
+            self.0.push(frame);
         }
     }
 }
@@ -235,11 +263,16 @@ impl Whole {
         self.pages += 1;
     }
 
-    fn write(&mut self, packer: Option<&mut Compressor<'static>>, scratch: &mut Vec<u8>) -> Option<Vec<u8>> {
+    fn write(
+        &mut self,
+        packer: Option<&mut Compressor<'static>>,
+        scratch: &mut Vec<u8>,
+        spare: &mut Spare,
+    ) -> Option<Vec<u8>> {
         if self.pages == 0 {
             return None;
         }
-        let mut out = Vec::with_capacity(WHOLE_HEAD_BYTES + self.entries.len());
+        let mut out = spare.take(WHOLE_HEAD_BYTES + self.entries.len());
         out.extend_from_slice(&[WHOLE, RAW]);
         out.put_u16(self.pages);
         out.extend_from_slice(&self.entries);
@@ -261,9 +294,9 @@ struct Plain {
 impl Plain {
     const DATA_AT: usize = WHOLE_HEAD_BYTES + MAX_WHOLE_PAGES * ENTRY_BYTES;
 
-    fn push(&mut self, addr: PageAddr, page: &Page) {
+    fn push(&mut self, addr: PageAddr, page: &Page, spare: &mut Spare) {
         if self.pages == 0 {
-            self.frame = Vec::with_capacity(Self::DATA_AT + MAX_WHOLE_PAGES * PAGE_SIZE);
+            self.frame = spare.take(Self::DATA_AT + MAX_WHOLE_PAGES * PAGE_SIZE);
             self.frame.resize(Self::DATA_AT, 0);
         }
         let at = WHOLE_HEAD_BYTES + usize::from(self.pages) * ENTRY_BYTES;

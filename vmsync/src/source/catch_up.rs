@@ -75,11 +75,14 @@ impl Source {
 
 /// Turns what the encoder has made into `Pages` messages.
 pub(super) fn messages(encoder: &mut Encoder, term: Term, epoch: Epoch) -> Vec<Encoded> {
-    let message = |frame: Vec<u8>| {
+    let message = |frame: &Vec<u8>| {
         encode_with(term, epoch, |out| {
-            out.extend_from_slice(&frame);
+            out.extend_from_slice(frame);
             KIND_PAGES
         })
     };
-    encoder.finish().into_iter().map(message).collect()
+    let frames = encoder.finish();
+    let messages = frames.iter().map(message).collect();
+    encoder.reuse(frames);
+    messages
 }

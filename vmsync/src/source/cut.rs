@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::catch_up::messages;
 use super::peer::{InFlight, Peer, Phase};
 use super::{Cut, CutPlan, Source, SourceAlarm, SourceEffect};
-use crate::codec::PageFate;
+use crate::codec::{FETCH_AHEAD, PageFate};
 use crate::device_state::{DeviceState, MAX_DEVICE_STATE_BYTES};
 use crate::hashes::hash_page;
 use crate::message::{KIND_DEVICE_STATE, SourceBody};
@@ -169,7 +169,9 @@ impl Source {
         }
         let [mut seen, mut coded, mut same] = [(); 3].map(|()| PageSet::new(layout));
         self.encoder.begin_cut();
+        let mut soon = cut.pages.iter().chain(cut.extras.iter()).skip(FETCH_AHEAD);
         for (addr, page) in cut.pages.iter().chain(cut.extras.iter()) {
+            soon.next().into_iter().for_each(|(addr, page)| self.encoder.fetch(addr, page));
             // Who streams has all that is not dirty.
             if !for_joining && !cut.dirty.contains(addr) || seen.insert(addr) != Ok(true) {
                 continue;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::session::{Hashing, Staged};
 use super::{Applied, Breach, Target, TargetEffect};
+use crate::codec::PagesFrame;
 use crate::device_state::{DeviceState, DeviceStateError};
 use crate::history::Stamp;
 use crate::journal::{Commit, SealedEpoch};
@@ -31,6 +32,12 @@ impl Target {
         self.append_journal(record, false, effects);
         self.bound_staging(effects);
         Ok(())
+    }
+
+    /// Takes a frame back that was applied: its memory serves a later one.
+    pub fn reuse(&mut self, frame: Arc<PagesFrame>) {
+        // Whoever else has it may keep it.
+        Arc::into_inner(frame).into_iter().for_each(|frame| self.decoder.reuse(frame));
     }
 
     pub(super) fn device_state(
