@@ -3,6 +3,7 @@
 //! A row is a name, a value, what it is compared with in the same run, and the target it is held to. Timing decides
 //! nothing here: a missed target is shown, not failed.
 
+mod codec;
 mod disk;
 mod failover;
 mod output;
@@ -35,15 +36,18 @@ pub enum Benchmark {
     Output,
     /// What the mirroring of a disk costs the guest
     Disk,
+    /// Coding what guests change: the delta codec beside zstd, LZ4, XBZRLE and QEMU's multifd migration
+    Codec,
 }
 
-const ALL: [Benchmark; 6] = [
+const ALL: [Benchmark; 7] = [
     Benchmark::Pause,
     Benchmark::Failover,
     Benchmark::Switchover,
     Benchmark::Workloads,
     Benchmark::Output,
     Benchmark::Disk,
+    Benchmark::Codec,
 ];
 
 /// One measured figure.
@@ -101,12 +105,15 @@ pub struct BenchOptions {
     /// Failovers of each kind, switchovers
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub rounds: u32,
-    /// Only this guest of the benchmark "workloads": redis, postgres, gcc, idle or random; several times for several
+    /// Only this guest of the benchmarks "workloads" and "codec": redis, postgres, gcc, idle or random; several times for several
     #[arg(long, value_name = "WORKLOAD")]
     pub workload: Vec<String>,
     /// Record the epochs of the benchmark "workloads" into this folder instead of measuring: at 50 ms, then at 1 s
     #[arg(long, value_name = "DIR")]
     pub record: Option<PathBuf>,
+    /// Measure the benchmark "codec" on a recording that was made before; several times for several
+    #[arg(long, value_name = "FILE")]
+    pub replay: Vec<PathBuf>,
 }
 
 /// What a benchmark has: a lab of its own, and a way to print.
@@ -120,9 +127,18 @@ struct Bench {
 /// Runs one benchmark or all.
 pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<AtomicBool>) -> Result<()> {
     let (which, rounds) = (options.which, options.rounds);
-    if which != Some(Benchmark::Workloads) && (options.record.is_some() || !options.workload.is_empty()) {
-        let reason = "only the benchmark \"workloads\" takes --workload and --record".into();
-        return Err(LabError::Invalid { what: "benchmark", value: "other".into(), reason });
+    let refuse = |what: &str, takes: &str| {
+        let reason = format!("only {takes} {what}");
+        Err(LabError::Invalid { what: "benchmark", value: "other".into(), reason })
+    };
+    if which != Some(Benchmark::Workloads) && options.record.is_some() {
+        return refuse("--record", "the benchmark \"workloads\" takes");
+    }
+    if which != Some(Benchmark::Codec) && !options.replay.is_empty() {
+        return refuse("--replay", "the benchmark \"codec\" takes");
+    }
+    if !matches!(which, Some(Benchmark::Workloads | Benchmark::Codec)) && !options.workload.is_empty() {
+        return refuse("--workload", "the benchmarks \"workloads\" and \"codec\" take");
     }
     let record_dir = options.record.as_deref().map(std::path::absolute).transpose();
     let record_dir = record_dir.map_err(LabError::system("find the folder to record into"))?;
@@ -138,6 +154,7 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
             Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
             Benchmark::Output => output::run(&bench)?,
             Benchmark::Disk => disk::run(&bench)?,
+            Benchmark::Codec => codec::run(&bench, &options.workload, &options.replay)?,
         }
     }
     Ok(())

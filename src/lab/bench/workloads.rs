@@ -14,7 +14,7 @@ use crate::lab::{GuestClient, Lab, image};
 const INTERVAL: Duration = Duration::from_millis(50);
 const SHADOWS: u32 = 2;
 const MEMORY_MIB: u32 = 1024;
-const PRIMARY: &str = "host1";
+pub(super) const PRIMARY: &str = "host1";
 const PROTECTED_WITHIN: Duration = Duration::from_secs(240);
 /// Unprotected, for comparison.
 const COMPARE_FOR: Duration = Duration::from_secs(15);
@@ -31,12 +31,12 @@ const RECORDINGS: [(Duration, Duration); 2] =
     [(INTERVAL, Duration::from_secs(30)), (Duration::from_secs(1), Duration::from_secs(60))];
 
 /// A guest, and how long its pauses may be: median and 99th percentile, milliseconds.
-struct Case {
-    name: &'static str,
+pub(super) struct Case {
+    pub(super) name: &'static str,
     pause_ms: Option<(f64, f64)>,
 }
 
-const CASES: [Case; 5] = [
+pub(super) static CASES: [Case; 5] = [
     Case { name: "redis", pause_ms: Some((1.5, 4.0)) },
     Case { name: "postgres", pause_ms: Some((1.0, 3.0)) },
     Case { name: "gcc", pause_ms: Some((2.0, 5.0)) },
@@ -45,22 +45,27 @@ const CASES: [Case; 5] = [
 ];
 
 impl Case {
-    fn workload(&self) -> Result<Workload> {
+    pub(super) fn workload(&self) -> Result<Workload> {
         self.name.parse().map_err(LabError::Product)
     }
 }
 
-/// Runs the cases with these names, or all.
-pub(super) fn run(bench: &Bench, names: &[String]) -> Result<()> {
+/// The cases with these names, or all.
+pub(super) fn cases(names: &[String]) -> Result<Vec<&'static Case>> {
     if let Some(unknown) = names.iter().find(|name| CASES.iter().all(|case| case.name != **name)) {
-        let known = CASES.map(|case| case.name).join(", ");
+        let known = CASES.each_ref().map(|case| case.name).join(", ");
         return Err(LabError::Invalid {
             what: "workload",
             value: unknown.clone(),
             reason: format!("is not one of {known}"),
         });
     }
-    let cases: Vec<_> = CASES.iter().filter(|case| names.is_empty() || names.iter().any(|n| n == case.name)).collect();
+    Ok(CASES.iter().filter(|case| names.is_empty() || names.iter().any(|n| n == case.name)).collect())
+}
+
+/// Runs the cases with these names, or all.
+pub(super) fn run(bench: &Bench, names: &[String]) -> Result<()> {
+    let cases = cases(names)?;
     // All downloads first: a benchmark that ends for lack of a package shall not have run for minutes.
     for case in &cases {
         image::ensure(case.workload()?.software(), false, &|line| eprintln!("bench: {line}"))?;
@@ -73,13 +78,13 @@ pub(super) fn run(bench: &Bench, names: &[String]) -> Result<()> {
 }
 
 /// A lab of its own for each guest: what an agent keeps of one must not count for the next.
-struct Stage {
-    lab: Lab,
+pub(super) struct Stage {
+    pub(super) lab: Lab,
     fleet: Fleet,
     client: GuestClient,
 }
 
-fn stage(bench: &Bench, case: &Case) -> Result<Stage> {
+pub(super) fn stage(bench: &Bench, case: &Case) -> Result<Stage> {
     let lab = bench.lab(3)?;
     let fleet = Fleet::of(&lab)?;
     fleet.wait_hosts(3, Duration::from_secs(30))?;
@@ -215,15 +220,18 @@ impl Report<'_> {
 
 fn record(bench: &Bench, case: &Case) -> Result<()> {
     let stage = stage(bench, case)?;
-    for (interval, span) in RECORDINGS {
-        stage.fleet.enable(case.name, PRIMARY, 1, interval)?;
-        stage.fleet.wait_protected(case.name, PROTECTED_WITHIN)?;
-        bench.say(&format!("{}: recording at {} ms for {} s", case.name, interval.as_millis(), span.as_secs()))?;
-        bench.sleep(span)?;
-        stage.fleet.disable(case.name)?;
-        bench.sleep(Duration::from_secs(2))?;
-    }
-    Ok(())
+    RECORDINGS.iter().try_for_each(|(interval, span)| record_at(bench, &stage, case, *interval, *span))
+}
+
+/// Protects the guest for so long; the agent records it.
+pub(super) fn record_at(bench: &Bench, stage: &Stage, case: &Case, interval: Duration, span: Duration) -> Result<()> {
+    stage.fleet.enable(case.name, PRIMARY, 1, interval)?;
+    stage.fleet.wait_protected(case.name, PROTECTED_WITHIN)?;
+    bench.say(&format!("{}: recording at {} ms for {} s", case.name, interval.as_millis(), span.as_secs()))?;
+    bench.sleep(span)?;
+    stage.fleet.disable(case.name)?;
+    // Until the agent has written all of it.
+    bench.sleep(Duration::from_secs(2))
 }
 
 fn resident_mib(pid: i32) -> Result<f64> {
@@ -253,7 +261,7 @@ mod tests {
 
     #[test]
     fn every_case_is_a_workload_that_fits_its_guest() {
-        for case in CASES {
+        for case in &CASES {
             let workload = case.workload().unwrap();
             let options = crate::lab::GuestOptions::new(case.name, PRIMARY);
             crate::lab::GuestOptions { memory_mib: MEMORY_MIB, workload, ..options }.check().unwrap();
