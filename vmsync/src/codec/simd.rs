@@ -178,17 +178,17 @@ mod x86 {
         let mut lines = 0;
         for four in 0..LINES / 4 {
             let mut differs = [_mm512_setzero_si512(); 4];
-            for i in 0..4 {
+            for (i, differs) in differs.iter_mut().enumerate() {
                 let line = four * 4 + i;
-                differs[i] = _mm512_xor_si512(load_line(&old[line]), load_line(&new[line]));
+                *differs = _mm512_xor_si512(load_line(&old[line]), load_line(&new[line]));
             }
             let any = _mm512_or_si512(_mm512_or_si512(differs[0], differs[1]), _mm512_or_si512(differs[2], differs[3]));
             if _mm512_test_epi64_mask(any, any) == 0 {
                 continue;
             }
-            for i in 0..4 {
+            for (i, differs) in differs.iter().enumerate() {
                 let line = four * 4 + i;
-                masks[line] = _mm512_test_epi8_mask(differs[i], differs[i]);
+                masks[line] = _mm512_test_epi8_mask(*differs, *differs);
                 lines |= u64::from(masks[line] != 0) << line;
             }
         }
@@ -201,9 +201,9 @@ mod x86 {
         let mut lines = 0;
         for two in 0..LINES / 2 {
             let mut equal = [_mm256_setzero_si256(); 4];
-            for i in 0..4 {
+            for (i, equal) in equal.iter_mut().enumerate() {
                 let half = two * 4 + i;
-                equal[i] = _mm256_cmpeq_epi8(load_half(&old[half]), load_half(&new[half]));
+                *equal = _mm256_cmpeq_epi8(load_half(&old[half]), load_half(&new[half]));
             }
             let all = _mm256_and_si256(_mm256_and_si256(equal[0], equal[1]), _mm256_and_si256(equal[2], equal[3]));
             if _mm256_movemask_epi8(all) == -1 {

@@ -101,7 +101,7 @@ pub(super) fn run(bench: &Bench, names: &[String], replay: &[PathBuf]) -> Result
     let cases = workloads::cases(names)?;
     // All downloads first: a benchmark that ends for lack of a package shall not have run for minutes.
     for case in &cases {
-        image::ensure(case.workload()?.software(), &|line| eprintln!("bench: {line}"))?;
+        image::ensure(case.workload()?.software(), false, &|line| eprintln!("bench: {line}"))?;
         bench.check_interrupt()?;
     }
     debug_assert!(CASES.iter().all(|case| case.name == "idle" || targets(case.name).is_some()));
@@ -110,7 +110,7 @@ pub(super) fn run(bench: &Bench, names: &[String], replay: &[PathBuf]) -> Result
         let migrated = record(bench, case, &folder.0)?;
         let recording = Recording::load(&newest(&folder.0)?)?;
         drop(folder);
-        measure(bench, case.name, &recording, migrated)
+        measure(bench, case.name, &recording, Some(migrated))
     })
 }
 
@@ -129,7 +129,7 @@ fn newest(folder: &Path) -> Result<PathBuf> {
     path.ok_or_else(|| LabError::Product("the agent recorded nothing".into()))
 }
 
-fn record(bench: &Bench, case: &Case, folder: &Path) -> Result<Option<Migrated>> {
+fn record(bench: &Bench, case: &Case, folder: &Path) -> Result<Migrated> {
     let recording = Bench {
         json: bench.json,
         interrupt: Arc::clone(&bench.interrupt),
@@ -174,9 +174,8 @@ fn measure(bench: &Bench, name: &str, recording: &Recording, migrated: Option<Mi
     }
     let copy = best_of(bench, || peers::memcpy(recording))?;
     bench.print(&row("limit: memcpy of the pages", copy.encode_gb_s(), "GB/s"));
-    let Some(Migrated { gb_s, ratio, passes }) = migrated else { return Ok(()) };
-    let peer = format!("peer multifd, zstd 1, {passes} passes");
-    bench.print(&row(&peer, gb_s, "GB/s").beside("ratio", ratio));
+    let Some(Migrated { gb_s, ratio }) = migrated else { return Ok(()) };
+    bench.print(&row("peer multifd, zstd 1, all memory", gb_s, "GB/s").beside("ratio", ratio));
     let times = row("encode beside multifd", full.encode_gb_s() / gb_s.max(1e-9), "times").beside("GB/s", gb_s);
     bench.print(&held(times, wanted.and_then(|wanted| wanted.times_multifd)));
     Ok(())

@@ -1,9 +1,9 @@
-//! The peer: QEMU's own migration of the running guest, multifd with zstd, to a reader that throws all away.
+//! The peer: QEMU's own migration of the guest, multifd with zstd, to a reader that throws all away.
 //!
-//! Without a return path a migration stream goes one way only, so anybody who accepts its connections will do. The first
-//! pass over all memory is not counted: it has nothing to do with epochs. Of the passes after it QEMU tells pages and
-//! bytes, and `/proc` the processor time of QEMU's migration threads. Then the migration is cancelled, and the guest
-//! goes on.
+//! Without a return path a migration stream goes one way only, so anybody who accepts its connections will do. The guest
+//! is stopped for it: then all that QEMU's process does is migrate, each page goes once, and QEMU's passes over a running
+//! guest, which send less at each look, are spared it. Pages and bytes are those that QEMU tells, zero pages left out;
+//! processor time is that of QEMU's process. Then the guest goes on.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpListener};
@@ -18,157 +18,92 @@ use crate::hypervisor::{Domain, Hypervisor, HypervisorError};
 use crate::lab::error::{LabError, Result};
 use crate::lab::{Lab, namespace};
 
-const FIRST_PASS_WITHIN: Duration = Duration::from_secs(60);
-const MEASURE_FOR: Duration = Duration::from_secs(15);
+const THROUGH_WITHIN: Duration = Duration::from_secs(120);
 const CANCELLED_WITHIN: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 const CHANNELS: u32 = 2;
 /// Never the limit here.
 const BANDWIDTH: u64 = 10_000_000_000;
-/// QEMU never gets this little into its last pause, so the migration of a guest that works goes on.
-const DOWNTIME_MS: u32 = 1;
 
-/// What QEMU made of a guest's dirty pages.
+/// What QEMU made of a guest's memory.
 pub(super) struct Migrated {
-    /// Pages, zero ones too, in gigabytes a second of processor time.
+    /// Gigabytes of pages that are not zero, a second of processor time.
     pub(super) gb_s: f64,
     pub(super) ratio: f64,
-    pub(super) passes: u64,
 }
 
-/// `None`: the guest changes so little that it was through before there was anything to measure.
-pub(super) fn migrate(bench: &Bench, lab: &Lab, host: &str, guest: &str) -> Result<Option<Migrated>> {
+pub(super) fn migrate(bench: &Bench, lab: &Lab, host: &str, guest: &str) -> Result<Migrated> {
     bench.say(&format!("{guest}: migrated by QEMU into nothing, with multifd and zstd"))?;
-    let failed = |error: HypervisorError| LabError::Product(format!("migration by QEMU: {error}"));
     let hypervisor = Hypervisor::connect(&lab.libvirt_uri(host)).map_err(failed)?;
     let domain = hypervisor.lookup(guest).map_err(failed)?;
-    let call = |execute: &str, arguments: Value| domain.qmp_call(execute, arguments).map_err(failed);
     let sink = Sink::open(lab, host)?;
-    let capability = json!({"capabilities": [{"capability": "multifd", "state": true}]});
-    call("migrate-set-capabilities", capability)?;
-    call(
-        "migrate-set-parameters",
-        json!({"multifd-channels": CHANNELS, "multifd-compression": "zstd", "multifd-zstd-level": 1,
-               "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_MS}),
-    )?;
-    call("migrate", json!({"uri": format!("tcp:{}:{}", Ipv4Addr::LOCALHOST, sink.port)}))?;
-    let result = measure(bench, &domain, &Place { lab, host, guest });
+    let call = |execute: &str, arguments: Value| domain.qmp_call(execute, arguments).map_err(failed);
+    call("migrate-set-capabilities", multifd(true))?;
+    let parameters = json!({"multifd-channels": CHANNELS, "multifd-compression": "zstd", "multifd-zstd-level": 1,
+                            "max-bandwidth": BANDWIDTH});
+    call("migrate-set-parameters", parameters)?;
+    call("stop", Value::Null)?;
+    let cpu_before = cpu_s(lab, host, guest);
+    let started = call("migrate", json!({"uri": format!("tcp:{}:{}", Ipv4Addr::LOCALHOST, sink.port)}));
+    let state = started.and_then(|_| wait(bench, &domain));
+    let cpu_after = cpu_s(lab, host, guest);
     // Whatever came of it, the guest goes on.
     let restored = restore(&domain);
-    let migrated = result?;
+    let (state, cpu) = (state?, cpu_after? - cpu_before?);
     restored.map_err(failed)?;
-    Ok(migrated)
+    let number = |name: &str| state["ram"][name].as_u64().unwrap_or(0);
+    let (raw, sent) = (number("normal") * vmsync::units::PAGE_SIZE_U64, number("transferred"));
+    if raw == 0 || sent == 0 || cpu <= 0.0 {
+        return Err(LabError::Product(format!("QEMU tells nothing of its migration: {state}")));
+    }
+    Ok(Migrated { gb_s: raw as f64 / 1e9 / cpu, ratio: raw as f64 / sent as f64 })
 }
 
-fn measure(bench: &Bench, domain: &Domain, place: &Place<'_>) -> Result<Option<Migrated>> {
-    let failed = |error: HypervisorError| LabError::Product(format!("migration by QEMU: {error}"));
+fn failed(error: HypervisorError) -> LabError {
+    LabError::Product(format!("migration by QEMU: {error}"))
+}
+
+fn multifd(on: bool) -> Value {
+    json!({"capabilities": [{"capability": "multifd", "state": on}]})
+}
+
+/// Waits until all memory has gone; what QEMU tells of it then.
+fn wait(bench: &Bench, domain: &Domain) -> Result<Value> {
     let began = Instant::now();
-    let look = || domain.qmp_call("query-migrate", Value::Null).map_err(failed);
-    let first = loop {
-        let state = look()?;
-        if state["status"] == "completed" {
-            return Ok(None);
+    loop {
+        let state = domain.qmp_call("query-migrate", Value::Null).map_err(failed)?;
+        match state["status"].as_str() {
+            Some("completed") => return Ok(state),
+            Some("setup" | "active" | "device") if began.elapsed() < THROUGH_WITHIN => bench.sleep(LOOK_EVERY)?,
+            _ => return Err(LabError::Product(format!("the migration by QEMU went wrong: {state}"))),
         }
-        if !is_active(&state) {
-            return Err(LabError::Product(format!("the migration by QEMU ended: {state}")));
-        }
-        if number(&state, "dirty-sync-count") >= 2 {
-            break Sample::of(&state, place)?;
-        }
-        if began.elapsed() > FIRST_PASS_WITHIN {
-            return Err(LabError::Product(format!("QEMU's first pass over the memory takes too long: {state}")));
-        }
-        bench.sleep(LOOK_EVERY)?;
-    };
-    let (began, mut last) = (Instant::now(), first);
-    while began.elapsed() < MEASURE_FOR {
-        bench.sleep(SAMPLE_EVERY)?;
-        let state = look()?;
-        if !is_active(&state) {
-            break;
-        }
-        last = Sample::of(&state, place)?;
-    }
-    let (pages, bytes) = (last.pages.saturating_sub(first.pages), last.bytes.saturating_sub(first.bytes));
-    let raw = pages as f64 * vmsync::PAGE_SIZE as f64;
-    Ok((last.cpu_s > first.cpu_s && pages > 0).then(|| Migrated {
-        gb_s: raw / 1e9 / (last.cpu_s - first.cpu_s),
-        ratio: raw / bytes.max(1) as f64,
-        passes: last.passes.saturating_sub(first.passes),
-    }))
-}
-
-#[derive(Clone, Copy)]
-struct Sample {
-    pages: u64,
-    bytes: u64,
-    passes: u64,
-    cpu_s: f64,
-}
-
-impl Sample {
-    fn of(state: &Value, place: &Place<'_>) -> Result<Self> {
-        Ok(Self {
-            pages: number(state, "normal") + number(state, "duplicate"),
-            bytes: number(state, "transferred"),
-            passes: number(state, "dirty-sync-count"),
-            cpu_s: place.migration_cpu_s()?,
-        })
     }
 }
 
-fn number(state: &Value, name: &str) -> u64 {
-    state["ram"][name].as_u64().unwrap_or(0)
+/// Processor time of the guest's QEMU so far, of threads that have ended, too.
+fn cpu_s(lab: &Lab, host: &str, guest: &str) -> Result<f64> {
+    let script = format!("cat /proc/$(cat /run/libvirt/qemu/{guest}.pid)/stat");
+    let output = lab.exec(host, &["sh", "-c", &script])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    // Fields 14 and 15, counted behind the name in parentheses, in ticks of 10 ms on every Linux there is.
+    let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().skip(11).take(2));
+    let ticks: Option<u64> = fields.map(|fields| fields.filter_map(|field| field.parse::<u64>().ok()).sum());
+    ticks.map(|ticks| ticks as f64 / 100.0).ok_or_else(|| LabError::Product(format!("no QEMU of {guest} runs")))
 }
 
-fn is_active(state: &Value) -> bool {
-    matches!(state["status"].as_str(), Some("setup" | "active" | "device"))
-}
-
-/// A guest, and the host it is on.
-struct Place<'a> {
-    lab: &'a Lab,
-    host: &'a str,
-    guest: &'a str,
-}
-
-impl Place<'_> {
-    /// Processor time of QEMU's threads that migrate, and of no others: not the guest's own.
-    fn migration_cpu_s(&self) -> Result<f64> {
-        // "live_migration" and "multifdsend_0" in older ones, "mig/src/main" and "mig/src/send_0" in newer ones.
-        // Nanoseconds on a processor come first.
-        let script = format!(
-            "for t in /proc/$(cat /run/libvirt/qemu/{}.pid)/task/*; do read -r name < $t/comm || continue; \
-             case \"$name\" in live_migr*|multifd*|mig/*) cut -d' ' -f1 $t/schedstat;; esac; done",
-            self.guest
-        );
-        let output = self.lab.exec(self.host, &["sh", "-c", &script])?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        Ok(text.lines().filter_map(|line| line.parse::<f64>().ok()).sum::<f64>() / 1e9)
-    }
-}
-
-/// Ends the migration, takes back what was set for it, and has the guest run.
+/// Ends the migration if it is under way, takes back what was set for it, and has the guest run.
 fn restore(domain: &Domain) -> Result<(), HypervisorError> {
     let began = Instant::now();
     domain.qmp_call("migrate_cancel", Value::Null)?;
-    let status = loop {
+    while began.elapsed() < CANCELLED_WITHIN {
         let state = domain.qmp_call("query-migrate", Value::Null)?;
-        let status = state["status"].as_str().unwrap_or_default().to_owned();
-        if !matches!(status.as_str(), "setup" | "active" | "device" | "cancelling")
-            || began.elapsed() > CANCELLED_WITHIN
-        {
-            break status;
+        if !matches!(state["status"].as_str(), Some("setup" | "active" | "device" | "cancelling")) {
+            break;
         }
         std::thread::sleep(LOOK_EVERY);
-    };
-    let off = json!({"capabilities": [{"capability": "multifd", "state": false}]});
-    let taken_back = domain.qmp_call("migrate-set-capabilities", off);
-    if status == "completed" {
-        // An idle guest got through; it waits for its copy, which nobody made.
-        domain.qmp_call("cont", Value::Null)?;
     }
+    let taken_back = domain.qmp_call("migrate-set-capabilities", multifd(false));
+    domain.qmp_call("cont", Value::Null)?;
     taken_back.map(drop)
 }
 
