@@ -4,10 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vmsync::batch::PageBatch;
 use vmsync::codec::MirrorBudget;
-use vmsync::message::RefuseCode;
-use vmsync::pace::{Binding, Cost, Limits, Pacer};
 use vmsync::source::{
     Cut, CutPlan, PeerView, Source, SourceAlarm, SourceConfig, SourceEffect, SourceEvent, SourceLimits,
 };
@@ -19,10 +16,12 @@ use super::disks::DiskWatch;
 use super::epochs::EpochNumbers;
 use super::exit_watch::ExitWatch;
 use super::final_cut::{FinalCut, forget_held};
+use super::outbox::Outbox;
 use super::output::CutMark;
+use super::pacing::Pacing;
 use super::peers::PeerEvent;
 use super::recorder::Recorder;
-use super::report::{peer_status, verify_report};
+use super::report::peer_status;
 use super::session::{Input, Session};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
@@ -33,7 +32,6 @@ use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
-use crate::capture::priority::thread_cpu;
 use crate::capture::tracker::LiveReads;
 use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
@@ -42,8 +40,6 @@ use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
 const ZSTD_LEVEL: i32 = 1;
 /// A paused guest changes nothing; it is still looked at this often.
 const INTERVAL_WHILE_PAUSED: Duration = Duration::from_millis(1000);
-/// With a budget that cannot be kept: an honest lag, but not without bound.
-const LONGEST_INTERVAL: Duration = Duration::from_secs(2);
 /// The tracker gets ready in many short pauses, this far apart.
 const PREPARE_EVERY: Duration = Duration::from_millis(10);
 /// Devices that come or go are looked at this long after the last event about them: libvirt first finishes.
@@ -84,9 +80,7 @@ pub(super) struct Capturing {
     _exit: ExitWatch,
     tracker: &'static str,
     tracker_reason: String,
-    pacer: Pacer,
-    /// When the newest cut was told, and this thread's processor time and all bytes for the wire then.
-    last_cost: (Instant, Duration, u64),
+    pacing: Pacing,
     next_cut_at: Instant,
     /// A cut is due and must wait.
     held_up: bool,
@@ -103,8 +97,6 @@ pub(super) struct Capturing {
     pub(super) paused: bool,
     devices_changed_at: Option<Instant>,
     pub(super) final_cut: Option<FinalCut>,
-    verify: Vec<Reply<VerifyReport>>,
-    refusals: BTreeMap<String, String>,
     /// Why there is no connection to a shadow's host.
     lost: BTreeMap<String, String>,
     rates: BTreeMap<String, Rate>,
@@ -116,10 +108,7 @@ pub(super) struct Capturing {
     /// nobody knows, and a page read after it must not be taken for one from before. And before the tracker is ready
     /// a page may be written after it was read without anybody noticing.
     deferred: Vec<SourceEffect>,
-    outgoing: Vec<(String, Arc<[u8]>)>,
-    closing: Vec<String>,
-    superseded: Option<u64>,
-    trouble: Option<String>,
+    pub(super) out: Outbox,
     context: Arc<PrimaryContext>,
     memory_bytes: u64,
     cut_marks: Vec<CutMark>,
@@ -197,8 +186,7 @@ impl Capturing {
             _exit: exit,
             tracker,
             tracker_reason,
-            pacer: Pacer::new(limits(spec.budget), spec.interval, LONGEST_INTERVAL),
-            last_cost: (now, thread_cpu(), 0),
+            pacing: Pacing::new(spec.interval, spec.budget),
             next_cut_at: now,
             held_up: false,
             ready: false,
@@ -210,18 +198,13 @@ impl Capturing {
             paused: state == DomainState::Paused,
             devices_changed_at: None,
             final_cut: FinalCut::left_behind(&session.context.run_dir, &session.spec.uuid),
-            verify: Vec::new(),
-            refusals: BTreeMap::new(),
             lost: BTreeMap::new(),
             rates: BTreeMap::new(),
             lags: BTreeMap::new(),
             before: (totals.raw_bytes, totals.wire_bytes, totals.epochs),
             totals,
             deferred: Vec::new(),
-            outgoing: Vec::new(),
-            closing: Vec::new(),
-            superseded: None,
-            trouble: None,
+            out: Outbox::default(),
             context,
             cut_marks: Vec::new(),
             memory_bytes,
@@ -230,7 +213,7 @@ impl Capturing {
 
     /// Leaves the guest. `for_good`: also takes back what would serve a later attachment.
     pub(super) fn detach(self, context: &PrimaryContext, uuid: &str, for_good: bool) {
-        for reply in self.verify {
+        for reply in self.out.verify {
             let _ = reply.send(Err(ApiError::new("unavailable", "the guest is no longer captured; try again")));
         }
         if for_good {
@@ -261,12 +244,12 @@ impl Capturing {
     }
 
     pub(super) fn set_pace(&mut self, shortest: Duration, budget: Budget) {
-        self.pacer.set(limits(budget), shortest, LONGEST_INTERVAL);
+        self.pacing.set(shortest, budget);
     }
 
     /// A source has one term for its life.
     pub(super) fn set_term(&mut self, term: u64) {
-        self.trouble = Some(format!("this host is primary with the new term {term}"));
+        self.out.trouble = Some(format!("this host is primary with the new term {term}"));
     }
 
     pub(super) fn now(&self) -> Millis {
@@ -279,7 +262,7 @@ impl Capturing {
         self.look_at_disks(now);
         if let Some(since) = self.cutting_since {
             if now > since + CUT_ANSWER_WITHIN {
-                self.trouble = Some(format!("no answer to a cut within {} s", CUT_ANSWER_WITHIN.as_secs()));
+                self.out.trouble = Some(format!("no answer to a cut within {} s", CUT_ANSWER_WITHIN.as_secs()));
             }
             return;
         }
@@ -289,7 +272,8 @@ impl Capturing {
         }
         self.free_stuck_guest(now, stopped_since);
         self.advance_final_cut(now);
-        let wait = self.devices_changed_at.is_some() || on_hold || self.final_cut.is_some() || self.trouble.is_some();
+        let wait =
+            self.devices_changed_at.is_some() || on_hold || self.final_cut.is_some() || self.out.trouble.is_some();
         self.held_up = wait && now >= self.next_cut_at;
         if now >= self.next_cut_at && !wait {
             self.cut_if_wanted(now);
@@ -297,7 +281,7 @@ impl Capturing {
     }
 
     fn cut_if_wanted(&mut self, now: Instant) {
-        let interval = if self.paused { INTERVAL_WHILE_PAUSED } else { Duration::ZERO }.max(self.pacer.interval());
+        let interval = if self.paused { INTERVAL_WHILE_PAUSED } else { Duration::ZERO }.max(self.pacing.interval());
         self.next_cut_at = (self.next_cut_at + interval).max(now);
         if !self.ready {
             self.cutting_since = Some(now);
@@ -332,7 +316,7 @@ impl Capturing {
                 let deferred = std::mem::take(&mut self.deferred);
                 self.carry_out(deferred, VecDeque::new());
             }
-            Err(reason) => drop(self.trouble.get_or_insert(reason)),
+            Err(reason) => drop(self.out.trouble.get_or_insert(reason)),
         }
     }
 
@@ -355,7 +339,7 @@ impl Capturing {
             CutAnswer::Prepared(Ok(ready)) => {
                 self.ready = ready;
                 if !ready {
-                    self.next_cut_at = Instant::now() + self.pacer.interval().min(PREPARE_EVERY);
+                    self.next_cut_at = Instant::now() + self.pacing.interval().min(PREPARE_EVERY);
                 }
                 Ok(())
             }
@@ -391,13 +375,13 @@ impl Capturing {
             Ok(digest) if digest != self.mappings => {
                 self.mappings = digest;
                 self.compare_devices();
-                if self.trouble.is_some() {
+                if self.out.trouble.is_some() {
                     return;
                 }
             }
             Ok(_) => {}
             Err(error) => {
-                self.trouble = Some(error.to_string());
+                self.out.trouble = Some(error.to_string());
                 return;
             }
         }
@@ -419,21 +403,12 @@ impl Capturing {
         let began = Instant::now();
         self.step(SourceEvent::Cut(cut));
         let coding_us = began.elapsed().as_micros() as u64;
-        self.step(SourceEvent::Paced { coding_us, interval_us: self.pacer.interval().as_micros() as u64 });
-        self.pace(held, scan + copy);
+        self.step(SourceEvent::Paced { coding_us, interval_us: self.pacing.interval().as_micros() as u64 });
+        let peers = self.source.peer_views(self.now()).len();
+        self.pacing.cut(held, scan + copy, self.source.totals().wire_bytes, peers);
         if let Some(final_cut) = &mut self.final_cut {
             final_cut.was_cut(epoch);
         }
-    }
-
-    /// Tells the pacer what an epoch cost: this thread encodes, the cutter's thread scans and copies.
-    fn pace(&mut self, pause: Duration, cutting: Duration) {
-        let (now, cpu, wire) = (Instant::now(), thread_cpu(), self.source.totals().wire_bytes);
-        let (last, cpu_before, wire_before) = std::mem::replace(&mut self.last_cost, (now, cpu, wire));
-        let peers = self.source.peer_views(self.now()).len().max(1) as u64;
-        let wire_bytes = wire.saturating_sub(wire_before) / peers;
-        let cpu = cpu.saturating_sub(cpu_before) + cutting;
-        self.pacer.cut(Cost { pause, wire_bytes, cpu }, now - last);
     }
 
     fn cut_failed(&mut self, error: &CutError) {
@@ -450,23 +425,23 @@ impl Capturing {
                         self.disks.set.set_guard(&guard);
                         self.cuts.set_guard(guard);
                     }
-                    Err(error) => self.trouble = Some(error.to_string()),
+                    Err(error) => self.out.trouble = Some(error.to_string()),
                 }
             }
             // libvirtd may be away for long; what the tracker knows is kept until it is back.
             CutError::Monitor(reason) => tracing::debug!(guest = self.guest, reason, "cut refused"),
             CutError::DeviceState(_) => tracing::warn!(guest = self.guest, %error, "a cut brought no usable state"),
             CutError::Tracker(_) | CutError::Memory(_) | CutError::Crew(_) | CutError::Disk(_) | CutError::Pipe(_) => {
-                self.trouble = Some(error.to_string())
+                self.out.trouble = Some(error.to_string())
             }
         }
         // Not again at once: whatever is wrong, the guest shall not be stopped for nothing 20 times a second.
-        let pause = self.pacer.interval().max(Duration::from_millis(50)) * self.failures.min(20);
+        let pause = self.pacing.interval().max(Duration::from_millis(50)) * self.failures.min(20);
         self.next_cut_at = Instant::now() + pause;
         self.problem = error.to_string();
         if self.failures >= FAILURES_IN_A_ROW && !matches!(error, CutError::Monitor(_)) {
             self.failures = 0;
-            self.trouble = Some(error.to_string());
+            self.out.trouble = Some(error.to_string());
         }
     }
 
@@ -488,7 +463,7 @@ impl Capturing {
         };
         let known = self.source.config();
         if layout.as_ref() != Ok(&known.layout) || description != known.description {
-            self.trouble = Some("its devices or its definition changed; the shadows are told".into());
+            self.out.trouble = Some("its devices or its definition changed; the shadows are told".into());
         }
     }
 
@@ -550,7 +525,7 @@ impl Capturing {
     }
 
     pub(super) fn remove_peer(&mut self, host: &str) {
-        self.refusals.remove(host);
+        self.out.refusals.remove(host);
         self.rates.remove(host);
         self.lags.remove(host);
         self.step(SourceEvent::PeerRemoved { peer: PeerId::new(host) });
@@ -560,7 +535,7 @@ impl Capturing {
         let peer = PeerId::new(host);
         let event = match event {
             PeerEvent::Connected => {
-                self.refusals.remove(host);
+                self.out.refusals.remove(host);
                 self.lost.remove(host);
                 SourceEvent::Connected { peer }
             }
@@ -576,7 +551,7 @@ impl Capturing {
     }
 
     pub(super) fn begin_verify(&mut self, reply: Reply<VerifyReport>) {
-        self.verify.push(reply);
+        self.out.verify.push(reply);
         self.step(SourceEvent::VerifyStart);
     }
 
@@ -593,15 +568,7 @@ impl Capturing {
                     self.deferred.push(effect);
                     continue;
                 }
-                let mut outbox = Outbox {
-                    outgoing: &mut self.outgoing,
-                    closing: &mut self.closing,
-                    superseded: &mut self.superseded,
-                    refusals: &mut self.refusals,
-                    verify: &mut self.verify,
-                    trouble: &mut self.trouble,
-                };
-                let event = perform(effect, &self.memory, &self.guest, &mut outbox);
+                let event = self.out.perform(effect, &self.memory, &self.guest);
                 if let (
                     Some(SourceEvent::LiveRead { pages, .. } | SourceEvent::VerifyRead { pages, .. }),
                     Some(live_reads),
@@ -620,7 +587,7 @@ impl Capturing {
 
     fn alarm(&mut self, alarm: &SourceAlarm) {
         tracing::error!(guest = self.guest, %alarm, "alarm of the sync engine");
-        self.trouble = Some(alarm.to_string());
+        self.out.trouble = Some(alarm.to_string());
     }
 
     fn millis_of(&self, at: Instant) -> Millis {
@@ -636,22 +603,6 @@ impl Capturing {
         if self.failures == 0 && !self.paused {
             self.next_cut_at = self.next_cut_at.min(at);
         }
-    }
-
-    pub(super) fn take_outgoing(&mut self) -> Vec<(String, Arc<[u8]>)> {
-        std::mem::take(&mut self.outgoing)
-    }
-
-    pub(super) fn take_closing(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.closing)
-    }
-
-    pub(super) fn take_superseded(&mut self) -> Option<u64> {
-        self.superseded.take()
-    }
-
-    pub(super) fn take_trouble(&mut self) -> Option<String> {
-        self.trouble.take()
     }
 
     pub(super) fn totals(&self) -> Totals {
@@ -685,14 +636,14 @@ impl Capturing {
             tracker: self.tracker.into(),
             tracker_reason: self.tracker_reason.clone(),
             epochs_total: self.before.2 + own.epochs,
-            interval_now_us: self.pacer.interval().as_micros() as u64,
-            paced_by: paced_by(self.pacer.binding()).into(),
+            interval_now_us: self.pacing.interval().as_micros() as u64,
+            paced_by: self.pacing.paced_by().into(),
             watchdog_fired_total: self.totals.watchdog_fired,
             output: Default::default(),
         };
         let now = self.now();
         let (rates, lags) = (&mut self.rates, &mut self.lags);
-        let (refusals, lost) = (&self.refusals, &self.lost);
+        let (refusals, lost) = (&self.out.refusals, &self.lost);
         let peers = self.source.peer_views(now).into_iter().map(|view| {
             let host = view.peer.as_str().to_owned();
             let rate = rates.entry(host.clone()).or_default().update(now.get(), view.wire_bytes_total);
@@ -720,82 +671,7 @@ impl Capturing {
     }
 }
 
-fn limits(budget: Budget) -> Limits {
-    let some = |value: f64| (value > 0.0).then_some(value);
-    Limits {
-        pause: some(f64::from(budget.pause_permille) / 1e3),
-        wire: some(budget.wire_kbit as f64 * 1e3 / 8.0),
-        cpu: some(f64::from(budget.cpu_percent) / 1e2),
-    }
-}
-
-fn paced_by(binding: Binding) -> &'static str {
-    match binding {
-        Binding::Interval => "interval",
-        Binding::Pause => "pause",
-        Binding::Wire => "wire",
-        Binding::Cpu => "cpu",
-    }
-}
-
 /// As much as the guest has, or more, is all of it: the source takes no more than that.
 pub(super) fn mirror_budget(mib: u64) -> MirrorBudget {
     MirrorBudget::Bytes(mib.saturating_mul(1 << 20))
-}
-
-/// Where effects leave what the session is to do.
-struct Outbox<'a> {
-    outgoing: &'a mut Vec<(String, Arc<[u8]>)>,
-    closing: &'a mut Vec<String>,
-    superseded: &'a mut Option<u64>,
-    refusals: &'a mut BTreeMap<String, String>,
-    verify: &'a mut Vec<Reply<VerifyReport>>,
-    trouble: &'a mut Option<String>,
-}
-
-/// Carries out one effect; an event that follows from it at once, if any.
-fn perform(effect: SourceEffect, memory: &GuestMemory, guest: &str, out: &mut Outbox) -> Option<SourceEvent> {
-    let mut read = |pages: Vec<vmsync::units::PageAddr>| match memory.read(pages.into_iter(), PageBatch::new()) {
-        Ok(batch) => Some(batch),
-        Err(error) => {
-            *out.trouble = Some(error.to_string());
-            None
-        }
-    };
-    match effect {
-        SourceEffect::Send { peer, bytes } => out.outgoing.push((peer.as_str().to_owned(), bytes)),
-        SourceEffect::ReadLive { peer, read: id, pages } => {
-            return read(pages).map(|pages| SourceEvent::LiveRead { peer, read: id, pages });
-        }
-        SourceEffect::ReadVerify { read: id, pages } => {
-            return read(pages).map(|pages| SourceEvent::VerifyRead { read: id, pages });
-        }
-        SourceEffect::Close { peer, reason } => {
-            tracing::info!(guest, host = peer.as_str(), %reason, "closing the connection to a shadow");
-            out.closing.push(peer.as_str().to_owned());
-        }
-        SourceEffect::Committed { peer, epoch } => {
-            tracing::trace!(guest, host = peer.as_str(), %epoch, "committed");
-        }
-        SourceEffect::CommitLost { peer } => {
-            tracing::warn!(guest, host = peer.as_str(), "the shadow fell too far behind and receives a new first copy");
-        }
-        SourceEffect::Superseded { peer, newer_term } => {
-            tracing::error!(guest, host = peer.as_str(), %newer_term, "another host is primary by now");
-            *out.superseded = Some(newer_term.get());
-        }
-        SourceEffect::PeerRefused { peer, code, text } => {
-            if code != RefuseCode::StaleTerm {
-                tracing::warn!(guest, host = peer.as_str(), text, "the shadow's host refuses");
-            }
-            out.refusals.insert(peer.as_str().to_owned(), text);
-        }
-        SourceEffect::Verified(report) => {
-            let report = verify_report(guest, report, memory);
-            for reply in out.verify.drain(..) {
-                let _ = reply.send(Ok(report.clone()));
-            }
-        }
-    }
-    None
 }

@@ -411,17 +411,17 @@ impl Session {
     /// Carries out what the step asked for, and leaves the status for the heartbeat.
     fn after_step(&mut self) -> Option<End> {
         if let Some(capturing) = &mut self.capturing {
-            for (host, bytes) in capturing.take_outgoing() {
+            for (host, bytes) in std::mem::take(&mut capturing.out.outgoing) {
                 if let Some(link) = self.links.get(&host) {
                     link.link.send(bytes);
                 }
             }
-            for host in capturing.take_closing() {
+            for host in std::mem::take(&mut capturing.out.closing) {
                 if let Some(link) = self.links.get(&host) {
                     link.link.reset();
                 }
             }
-            if let Some(newer_term) = capturing.take_superseded() {
+            if let Some(newer_term) = capturing.out.superseded.take() {
                 return Some(End::Superseded(newer_term));
             }
             self.output.keep_gate(&self.context, &self.inputs);
@@ -429,7 +429,7 @@ impl Session {
             if let Some(at) = self.output.step(cuts, || capturing.source.peer_views(now)) {
                 capturing.cut_by(at);
             }
-            if let Some(trouble) = capturing.take_trouble() {
+            if let Some(trouble) = capturing.out.trouble.take() {
                 tracing::warn!(guest = self.spec.domain, trouble, "attaching anew");
                 self.problem = trouble;
                 self.detach_for_retry();
