@@ -102,7 +102,7 @@ fn together(
     let n = problem.shadows.len();
     let runs = if n <= TINY { 6 } else { 2 };
     let enough = match n {
-        _ if n <= TINY / 5 => 1_500_000,
+        _ if n <= TINY / 4 => 1_500_000,
         _ if n <= TINY => 3_000_000,
         _ => 4_600_000,
     };
