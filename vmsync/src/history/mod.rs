@@ -209,6 +209,11 @@ impl History {
         self.held = Some((kept.seq, until));
     }
 
+    /// The limits hold again.
+    pub(crate) fn release(&mut self) {
+        self.held = None;
+    }
+
     /// Numbers of the records that lead to what that one leads to, newest first.
     pub(crate) fn back_to(&self, seq: u64) -> Vec<u64> {
         self.kept.iter().rev().map(|kept| kept.seq).take_while(|newer| *newer >= seq).collect()

@@ -259,7 +259,14 @@ impl Source {
         peer.state_of = Some(cut.epoch);
         let chain = std::mem::take(&mut peer.chain);
         peer.send(&encode(term, cut.epoch, &SourceBody::Commit(chain)), effects);
-        peer.in_flight.push_back(InFlight { epoch: cut.epoch, cut_at: cut.at, pages: sent });
+        let ends_at = peer.wire_bytes_total;
+        peer.in_flight.push_back(InFlight {
+            epoch: cut.epoch,
+            cut_at: cut.at,
+            pages: sent,
+            ends_at,
+            handed_over: None,
+        });
     }
 
     fn pump_all(&mut self, effects: &mut Vec<SourceEffect>) {

@@ -46,6 +46,8 @@ pub(super) struct Peer {
     pub(super) reason: String,
     /// When the peer was last heard, or took bytes from us.
     pub(super) alive_at: Millis,
+    /// When something came from it.
+    pub(super) heard_at: Millis,
     pub(super) pinged: bool,
 }
 
@@ -71,6 +73,9 @@ pub(super) struct InFlight {
     pub(super) epoch: Epoch,
     pub(super) cut_at: Millis,
     pub(super) pages: Arc<PageSet>,
+    /// Where it ends in all that was sent to the peer, and when that much had been handed to the driver's kernel.
+    pub(super) ends_at: u64,
+    pub(super) handed_over: Option<Millis>,
 }
 
 /// Pages that need not be sent because the peer's image holds them already.
@@ -127,6 +132,7 @@ impl Peer {
             wire_bytes_total: 0,
             reason: String::new(),
             alive_at: Millis::new(0),
+            heard_at: Millis::new(0),
             pinged: false,
         }
     }
@@ -176,6 +182,22 @@ impl Peer {
         self.unsent_bytes += len;
         self.wire_bytes_total += len;
         effects.push(SourceEffect::Send { peer: self.id.clone(), bytes: message.bytes.clone() });
+    }
+
+    /// The driver has handed on so many more bytes.
+    pub(super) fn written(&mut self, now: Millis, bytes: u64) {
+        // Saturating: a driver may still report bytes of a connection that was replaced.
+        self.unsent_bytes = self.unsent_bytes.saturating_sub(bytes);
+        self.alive_at = now;
+        let position = self.wire_bytes_total - self.unsent_bytes;
+        for epoch in self.in_flight.iter_mut().filter(|epoch| epoch.ends_at <= position) {
+            epoch.handed_over.get_or_insert(now);
+        }
+    }
+
+    /// Since when nothing came from it, although all of an epoch is on its way: what was written later proves nothing.
+    pub(super) fn deaf_since(&self) -> Option<Millis> {
+        self.in_flight.front()?.handed_over.map(|at| at.max(self.heard_at))
     }
 
     /// Queues a `Pages` or `DeviceState` message.

@@ -68,9 +68,7 @@ impl Source {
         if let Some(peer) = self.peers.get_mut(id)
             && peer.is_connected()
         {
-            // Saturating: a driver may still report bytes of a connection that was replaced.
-            peer.unsent_bytes = peer.unsent_bytes.saturating_sub(bytes);
-            peer.alive_at = now;
+            peer.written(now, bytes);
             self.pump(id, effects);
         }
     }
@@ -83,7 +81,7 @@ impl Source {
         effects: &mut Vec<SourceEffect>,
     ) {
         let Some(peer) = self.peers.get_mut(id).filter(|p| p.is_connected()) else { return };
-        peer.alive_at = now;
+        (peer.alive_at, peer.heard_at) = (now, now);
         peer.pinged = false;
         let result = match message.body {
             TargetBody::Welcome(image) => self.welcome(id, image, effects),
@@ -134,8 +132,9 @@ impl Source {
             Phase::Hashing(_) | Phase::CatchUp | Phase::Streaming => {}
         }
         let quiet = now.since(peer.alive_at);
-        if quiet > limits.silence {
-            return Some(CloseReason::Silent(quiet));
+        let deaf = peer.deaf_since().map_or(quiet, |at| now.since(at).max(quiet));
+        if deaf > limits.silence {
+            return Some(CloseReason::Silent(deaf));
         }
         if quiet > limits.ping_after && !peer.pinged {
             peer.pinged = true;

@@ -131,6 +131,9 @@ impl Target {
         let (Ok(device_state), Some(image)) = (&result, &mut self.image) else {
             let reason = result.err().unwrap_or_else(|| "its image is gone".into());
             effects.push(TargetEffect::PromoteRefused(PromoteRefusal::CannotGoBack { asked: commit.epoch, reason }));
+            // Nobody will go back there: what was kept for it alone is dropped.
+            self.history.release();
+            self.trim_history(effects);
             return;
         };
         image.committed = Some((commit, device_state.clone()));
