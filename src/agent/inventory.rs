@@ -20,6 +20,8 @@ use super::libvirt::Libvirt;
 const EVERY: Duration = Duration::from_secs(60);
 /// Until libvirt can be asked.
 const FIRST_TRIES: Duration = Duration::from_millis(500);
+/// A libvirt that does not tell of KVM by then will not.
+const TRIES_FOR_KVM: u32 = 20;
 const MAX_ITEMS: usize = 4096;
 
 /// The newest one, for heartbeats.
@@ -27,14 +29,21 @@ pub(super) type Shared = Arc<Mutex<Option<Arc<Inventory>>>>;
 
 /// Looks now and then until `shutdown`.
 pub(super) async fn keep(config: Config, libvirt: Arc<Libvirt>, shared: Shared, mut shutdown: watch::Receiver<bool>) {
+    let mut tries = 0;
     loop {
         let (config, libvirt) = (config.clone(), Arc::clone(&libvirt));
         let found = tokio::task::spawn_blocking(move || {
             let hypervisor = libvirt.get().ok();
-            let complete = hypervisor.is_some();
-            (take(&config, hypervisor.as_deref()), complete)
+            let mut found = take(&config, hypervisor.as_deref());
+            let complete = hypervisor.is_some() && !lacks_kvm(&found.cpu_models);
+            // What is not known yet is no reason to refuse a guest.
+            if !complete && tries < TRIES_FOR_KVM {
+                found.cpu_models.clear();
+            }
+            (found, complete || hypervisor.is_some() && tries >= TRIES_FOR_KVM)
         });
         let Ok((found, complete)) = found.await else { return };
+        tries += 1;
         {
             let mut newest = super::lock(&shared);
             if newest.as_deref() != Some(&found) {
@@ -46,6 +55,12 @@ pub(super) async fn keep(config: Config, libvirt: Arc<Libvirt>, shared: Shared, 
             _ = shutdown.wait_for(|stop| *stop) => return,
         }
     }
+}
+
+/// This host has KVM, and libvirt does not tell of it: it may not have looked yet.
+fn lacks_kvm(cpu_models: &BTreeSet<String>) -> bool {
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+    kvm.is_ok() && !cpu_models.iter().any(|model| model.starts_with("kvm/") && !model.contains("host-passthrough/"))
 }
 
 fn take(config: &Config, hypervisor: Option<&Hypervisor>) -> Inventory {

@@ -233,7 +233,11 @@ impl Output {
         }
         match news {
             News::Waits(mark) => self.committer.waits(mark),
-            News::Figures(figures) => self.figures = figures,
+            News::Figures(figures) => {
+                let left = figures.released_total.saturating_sub(self.figures.released_total);
+                self.on_demand.left(left);
+                self.figures = figures;
+            }
             News::Opened => self.committer.gate_opened(self.started.elapsed(), &mut self.effects),
             News::Lost { removed } => {
                 self.forget_marks();

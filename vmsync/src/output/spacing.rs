@@ -1,8 +1,8 @@
 //! When to cut because output waits.
 //!
-//! At once, if the guest has run for long enough since the last cut: at least [`SHORTEST`], and as long as keeps the
-//! pauses at half of its time. Not while as many cuts are on their way as their commits can use: a further one
-//! would not leave earlier.
+//! At once, if the guest has run for long enough since the last cut: at least [`SHORTEST`], and as long as it stood still.
+//! With many frames a cut it runs for longer: then it is throughput that counts, and what a cut takes is taken from that. Not
+//! while as many cuts are on their way as their commits can use: a further one would not leave earlier.
 
 use std::time::Duration;
 
@@ -10,8 +10,12 @@ use std::time::Duration;
 pub const SHORTEST: Duration = Duration::from_millis(2);
 /// However long pauses are, output does not wait longer for its cut.
 pub const LONGEST: Duration = Duration::from_millis(20);
-/// The guest runs so many times as long as it stands still.
+/// The guest runs so many times as long as it stands still; with many frames a cut.
 const RUNS: u32 = 1;
+const RUNS_BUSY: u32 = 3;
+/// Frames a cut that are many, and no longer many.
+const MANY_FRAMES: u64 = 4;
+const FEW_FRAMES: u64 = 2;
 /// Cuts whose output waits for its commit.
 const ON_THEIR_WAY: usize = 2;
 /// Weight of the newest pause, in percent.
@@ -22,22 +26,31 @@ pub struct OnDemand {
     /// Smoothed.
     pause: Duration,
     last_cut_ended: Option<Duration>,
+    busy: bool,
+    cuts: u64,
 }
 
 impl OnDemand {
     /// Time from the end of a cut to the next one.
     pub fn spacing(&self) -> Duration {
-        (self.pause * RUNS).clamp(SHORTEST, LONGEST)
+        (self.pause * if self.busy { RUNS_BUSY } else { RUNS }).clamp(SHORTEST, LONGEST)
     }
 
     /// A cut ended, which had stopped the guest for `pause`.
     pub fn cut(&mut self, now: Duration, pause: Duration) {
+        self.cuts += 1;
         let pause = pause.min(LONGEST);
         self.pause = match self.last_cut_ended {
             None => pause,
             Some(_) => (self.pause * (100 - NEWEST) + pause * NEWEST) / 100,
         };
         self.last_cut_ended = Some(now);
+    }
+
+    /// So many frames have left since this was told last.
+    pub fn left(&mut self, frames: u64) {
+        let cuts = std::mem::take(&mut self.cuts);
+        self.busy = frames > cuts * if self.busy { FEW_FRAMES } else { MANY_FRAMES };
     }
 
     /// When to cut for output that waits; `uncommitted`: cuts whose output does. `None`: not before one has its
@@ -68,5 +81,19 @@ mod tests {
         assert!(on_demand.spacing() > us(19_900) && on_demand.spacing() <= LONGEST, "{:?}", on_demand.spacing());
         (0..50).for_each(|_| on_demand.cut(us(1_000), us(100)));
         assert_eq!(on_demand.spacing(), SHORTEST);
+    }
+
+    #[test]
+    fn with_many_frames_a_cut_the_guest_runs_for_longer() {
+        let mut on_demand = OnDemand::default();
+        let mut half_a_second = |frames| {
+            (0..100).for_each(|_| on_demand.cut(us(1_000), us(1_500)));
+            on_demand.left(frames);
+            on_demand.spacing()
+        };
+        assert_eq!(half_a_second(100), SHORTEST);
+        assert!(half_a_second(1_000) > us(4_400));
+        assert!(half_a_second(300) > us(4_400));
+        assert_eq!(half_a_second(150), SHORTEST);
     }
 }
