@@ -10,10 +10,11 @@ mod output;
 mod pause;
 mod workloads;
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -208,13 +209,46 @@ impl Bench {
 fn memcpy_ms(pages: usize) -> f64 {
     let source = vec![1u8; pages.max(1) * vmsync::units::PAGE_SIZE];
     let mut target = vec![0u8; source.len()];
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     const TIMES: u32 = 20;
     for _ in 0..TIMES {
         target.copy_from_slice(std::hint::black_box(&source));
         std::hint::black_box(&mut target);
     }
     began.elapsed().as_secs_f64() * 1e3 / f64::from(TIMES)
+}
+
+/// How often a second these clients, a thread each, get an answer: `ask` asks once and waits for it.
+fn answers_per_s<C: Send>(
+    clients: Vec<C>,
+    span: Duration,
+    ask: impl Fn(&mut C) -> io::Result<()> + Sync,
+) -> io::Result<f64> {
+    let (answers, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let work = |mut client: C| {
+        while !stop.load(Ordering::Relaxed) {
+            ask(&mut client)?;
+            answers.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok::<_, io::Error>(())
+    };
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(move || work(client))).collect();
+        std::thread::sleep(span);
+        stop.store(true, Ordering::Relaxed);
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
+    })?;
+    Ok(answers.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Processor time of a process and all its threads so far, in seconds, as its `/proc/PID/stat` tells.
+fn cpu_s_in(stat: &str) -> Option<f64> {
+    // Fields 14 and 15, counted behind the name in parentheses, in ticks of 10 ms on every Linux there is.
+    let fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11).take(2);
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Some(ticks as f64 / 100.0)
 }
 
 /// The value below which `percent` of the values lie; 0 of none.

@@ -3,10 +3,9 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::{Bench, Row};
+use super::{Bench, Row, answers_per_s};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::{GuestClient, GuestDisk, GuestOptions, Lab, StartedGuest};
@@ -138,37 +137,24 @@ fn power_cut(bench: &Bench, lab: &Lab, fleet: &Fleet, guest: &StartedGuest) -> R
 
 /// SETs a second on fifty connections, each of which waits for its answers.
 fn requests(lab: &Lab, guest: &StartedGuest) -> Result<f64> {
-    let streams =
-        (0..CONNECTIONS).map(|_| lab.connect_from_client(guest.ip, REDIS_PORT)).collect::<Result<Vec<_>>>()?;
-    let (answers, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-    let began = Instant::now();
-    let outcome = std::thread::scope(|scope| {
-        let ask = |(number, stream): (usize, TcpStream)| {
-            stream.set_read_timeout(Some(WITHIN))?;
-            let mut reader = BufReader::new(stream);
-            for count in 0u64.. {
-                reader.get_mut().write_all(format!("SET bench:{number} {count}\r\n").as_bytes())?;
-                let mut line = String::new();
-                reader.read_line(&mut line)?;
-                if line != "+OK\r\n" {
-                    return Err(std::io::Error::other(format!("redis answered {line:?}")));
-                }
-                answers.fetch_add(1, Ordering::Relaxed);
-                if stop.load(Ordering::Relaxed) {
-                    break;
-                }
-            }
-            Ok(())
-        };
-        let threads: Vec<_> = streams.into_iter().enumerate().map(|client| scope.spawn(move || ask(client))).collect();
-        std::thread::sleep(REQUESTS_FOR);
-        stop.store(true, Ordering::Relaxed);
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())))
-    });
-    outcome.map_err(LabError::system("ask redis"))?;
-    Ok(answers.into_inner() as f64 / began.elapsed().as_secs_f64())
+    let failed = LabError::system::<std::io::Error>;
+    let client = |number| {
+        let stream = lab.connect_from_client(guest.ip, REDIS_PORT)?;
+        stream.set_read_timeout(Some(WITHIN)).map_err(failed("ask redis"))?;
+        Ok((number, 0u64, BufReader::new(stream)))
+    };
+    let clients = (0..CONNECTIONS).map(client).collect::<Result<Vec<_>>>()?;
+    let ask = |(number, count, reader): &mut (usize, u64, BufReader<TcpStream>)| {
+        reader.get_mut().write_all(format!("SET bench:{number} {count}\r\n").as_bytes())?;
+        *count += 1;
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if line != "+OK\r\n" {
+            return Err(std::io::Error::other(format!("redis answered {line:?}")));
+        }
+        Ok(())
+    };
+    answers_per_s(clients, REQUESTS_FOR, ask).map_err(failed("ask redis"))
 }
 
 #[cfg(test)]

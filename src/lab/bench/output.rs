@@ -2,15 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row, percentile};
+use super::{Bench, Row, answers_per_s, percentile};
 use crate::api::types::{Consistency, ConsistencyMode};
 use crate::lab::client::GUEST_PORT;
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
-use crate::lab::{GuestClient, Lab, StartedGuest};
+use crate::lab::{Lab, StartedGuest};
 
 const INTERVAL: Duration = Duration::from_millis(50);
 const PINGS: usize = 300;
@@ -116,27 +115,13 @@ fn measure(bench: &Bench, lab: &Lab, guest: &StartedGuest) -> Result<Seen> {
 
 /// Requests a second on so many connections, each of which waits for its answers.
 fn requests(lab: &Lab, guest: &StartedGuest, connections: usize) -> Result<f64> {
-    let clients = (0..connections).map(|_| lab.guest_client(guest.ip)).collect::<Result<Vec<_>>>()?;
-    let (answers, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-    let began = Instant::now();
-    let outcome = std::thread::scope(|scope| {
-        let ask = |mut client: GuestClient| {
-            client.set_timeout(Some(ANSWER_WITHIN))?;
-            while !stop.load(Ordering::Relaxed) {
-                client.status()?;
-                answers.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok::<_, std::io::Error>(())
-        };
-        let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(move || ask(client))).collect();
-        std::thread::sleep(MEASURE_FOR);
-        stop.store(true, Ordering::Relaxed);
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())))
-    });
-    outcome.map_err(LabError::system("ask the guest"))?;
-    Ok(answers.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64())
+    let failed = LabError::system::<std::io::Error>;
+    let mut clients = (0..connections).map(|_| lab.guest_client(guest.ip)).collect::<Result<Vec<_>>>()?;
+    clients
+        .iter_mut()
+        .try_for_each(|client| client.set_timeout(Some(ANSWER_WITHIN)))
+        .map_err(failed("ask the guest"))?;
+    answers_per_s(clients, MEASURE_FOR, |client| client.status().map(drop)).map_err(failed("ask the guest"))
 }
 
 /// Megabits a second of a transfer that is repeated for a while.

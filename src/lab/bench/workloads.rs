@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row, memcpy_ms, percentile};
+use super::{Bench, Row, cpu_s_in, memcpy_ms, percentile};
 use crate::api::types::{GuestState, GuestView, Percentiles};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
@@ -247,12 +247,7 @@ fn resident_mib(pid: i32) -> Result<f64> {
 fn cpu_s(pid: i32) -> Result<f64> {
     let path = format!("/proc/{pid}/stat");
     let text = std::fs::read_to_string(&path).map_err(LabError::io("read", path.as_ref()))?;
-    // Fields 14 and 15, counted behind the name in parentheses, in ticks of 10 ms on every Linux there is.
-    let ticks = text.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().skip(11).take(2));
-    let ticks: Option<u64> = ticks.map(|fields| fields.filter_map(|field| field.parse::<u64>().ok()).sum());
-    ticks
-        .map(|ticks| ticks as f64 / 100.0)
-        .ok_or_else(|| LabError::Corrupt { path: path.into(), reason: "no times in it".into() })
+    cpu_s_in(&text).ok_or_else(|| LabError::Corrupt { path: path.into(), reason: "no times in it".into() })
 }
 
 #[cfg(test)]

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
 use vmsync::codec::MirrorBudget;
 
 use super::workloads::{self, CASES, Case};
 use super::{Bench, Row};
+use crate::capture::priority::thread_cpu;
 use crate::lab::error::{LabError, Result};
 use crate::lab::image;
 use multifd::Migrated;
@@ -183,11 +183,7 @@ fn measure(bench: &Bench, name: &str, recording: &Recording, migrated: Option<Mi
 
 /// Processor time that this thread needs for it.
 fn cpu_s(work: impl FnOnce()) -> f64 {
-    let now = || {
-        let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every Linux has this clock");
-        time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9
-    };
-    let began = now();
+    let began = thread_cpu();
     work();
-    now() - began
+    (thread_cpu() - began).as_secs_f64()
 }

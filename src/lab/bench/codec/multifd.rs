@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::super::Bench;
+use super::super::{Bench, cpu_s_in};
 use crate::hypervisor::{Domain, Hypervisor, HypervisorError};
 use crate::lab::error::{LabError, Result};
 use crate::lab::{Lab, namespace};
@@ -85,10 +85,7 @@ fn cpu_s(lab: &Lab, host: &str, guest: &str) -> Result<f64> {
     let script = format!("cat /proc/$(cat /run/libvirt/qemu/{guest}.pid)/stat");
     let output = lab.exec(host, &["sh", "-c", &script])?;
     let text = String::from_utf8_lossy(&output.stdout);
-    // Fields 14 and 15, counted behind the name in parentheses, in ticks of 10 ms on every Linux there is.
-    let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().skip(11).take(2));
-    let ticks: Option<u64> = fields.map(|fields| fields.filter_map(|field| field.parse::<u64>().ok()).sum());
-    ticks.map(|ticks| ticks as f64 / 100.0).ok_or_else(|| LabError::Product(format!("no QEMU of {guest} runs")))
+    cpu_s_in(&text).ok_or_else(|| LabError::Product(format!("no QEMU of {guest} runs")))
 }
 
 /// Ends the migration if it is under way, takes back what was set for it, and has the guest run.
