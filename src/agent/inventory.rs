@@ -35,12 +35,12 @@ pub(super) async fn keep(config: Config, libvirt: Arc<Libvirt>, shared: Shared, 
         let found = tokio::task::spawn_blocking(move || {
             let hypervisor = libvirt.get().ok();
             let mut found = take(&config, hypervisor.as_deref());
-            let complete = hypervisor.is_some() && !lacks_kvm(&found.cpu_models);
+            let complete = hypervisor.is_some() && (tries >= TRIES_FOR_KVM || !lacks_kvm(&found.cpu_models));
             // What is not known yet is no reason to refuse a guest.
-            if !complete && tries < TRIES_FOR_KVM {
+            if !complete {
                 found.cpu_models.clear();
             }
-            (found, complete || hypervisor.is_some() && tries >= TRIES_FOR_KVM)
+            (found, complete)
         });
         let Ok((found, complete)) = found.await else { return };
         tries += 1;

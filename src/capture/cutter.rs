@@ -113,18 +113,10 @@ impl StatePipe {
     /// Throws away what a cut left whose agent died: no pipe can be narrowed below what it holds, and the next cut
     /// must not take it for its own first bytes.
     fn empty(&self) -> io::Result<()> {
-        let (mut bytes, mut thrown_away) = (vec![0; PAGE_SIZE], 0);
-        loop {
-            match (&self.read_end).read(&mut bytes) {
-                Ok(0) => break,
-                Ok(read) => thrown_away += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
-            }
-        }
-        if thrown_away > 0 {
-            tracing::info!(thrown_away, "the pipe held the rest of an earlier cut");
+        let mut rest = Vec::new();
+        self.read_available(MAX_DEVICE_STATE_BYTES, &mut rest)?;
+        if !rest.is_empty() {
+            tracing::info!(thrown_away = rest.len(), "the pipe held the rest of an earlier cut");
         }
         Ok(())
     }
@@ -158,10 +150,6 @@ impl StatePipe {
     /// Where the kernel gives no more room, it waits as before.
     fn widen(&self) {
         let _ = fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES));
-    }
-
-    pub fn path_fd(&self) -> i32 {
-        self.path_fd
     }
 
     /// Reads all that is there; true: QEMU has closed its end. Beyond `most` bytes they are thrown away: QEMU must not be

@@ -22,7 +22,7 @@ use super::pacing::Pacing;
 use super::peers::PeerEvent;
 use super::recorder::Recorder;
 use super::report::peer_status;
-use super::session::{Input, Session};
+use super::session::{Input, Session, TICK};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
@@ -46,8 +46,7 @@ const PREPARE_EVERY: Duration = Duration::from_millis(10);
 const DEVICES_SETTLE: Duration = Duration::from_millis(150);
 /// An answer of the cut thread that takes this long will not come: libvirt itself gives up after 30 s.
 const CUT_ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// How often the clock is looked at while a cut is under way, and while a cut that is due waits for something else.
-const CUTTING_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How often the clock is looked at while a cut that is due waits for something else.
 const WAITING_LOOK_EVERY: Duration = Duration::from_micros(500);
 /// Cuts that fail in a row before that is shown as a problem, and before the guest is attached anew.
 const FAILURES_SHOWN: u32 = 3;
@@ -237,7 +236,7 @@ impl Capturing {
     pub(super) fn next_look_at(&self, now: Instant) -> Instant {
         match self.cutting_since {
             // The next cut may be due by now, and will be made when this one has ended.
-            Some(_) => now + CUTTING_LOOK_EVERY,
+            Some(_) => now + TICK,
             None if self.held_up => now + WAITING_LOOK_EVERY,
             None => self.next_cut_at,
         }

@@ -39,7 +39,7 @@ const REASON_WITHIN: Duration = Duration::from_millis(1_500);
 /// One that ended with code 0 was asked to: nothing is taken over in a hurry.
 const REASON_OF_CLEAN_END_WITHIN: Duration = Duration::from_secs(5);
 /// The loop looks at its timers at least this often.
-const TICK: Duration = Duration::from_millis(50);
+pub(super) const TICK: Duration = Duration::from_millis(50);
 /// With an output gate the status is left for the heartbeat only so often.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 
