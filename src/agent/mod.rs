@@ -65,16 +65,14 @@ pub fn start(
     let records = Arc::new(Records::open(&config.state_dir)?);
     let link: Arc<OnceLock<AgentLink>> = Arc::default();
     let report_link = Arc::clone(&link);
-    let report: Arc<dyn Fn(GuestEvent) + Send + Sync> = Arc::new(move |event| {
-        if let Some(link) = report_link.get() {
-            link.event(event);
-        }
-    });
+    // What is found before there is a link is told when there is one, which is soon.
+    let report: Arc<dyn Fn(GuestEvent) + Send + Sync> = Arc::new(move |event| report_link.wait().event(event));
     let others = Arc::clone(&report);
     let libvirt = Libvirt::start(&config.agent.libvirt_uri, Arc::new(move |event| unclaimed(event, &*others)))?;
     let guards = Arc::new(GuardKeeper::default());
     guards.get().context("cannot start the guard process")?;
-    let shadows = Shadows::start(config, security.clone(), Arc::clone(&libvirt), Arc::clone(&records))?;
+    let shadows =
+        Shadows::start(config, security.clone(), Arc::clone(&libvirt), Arc::clone(&records), Arc::clone(&report))?;
     let context = Arc::new(PrimaryContext {
         host: config.host.clone(),
         security,

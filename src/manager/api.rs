@@ -369,7 +369,8 @@ impl Manager {
         for shadow in shadows.iter().filter(has_it) {
             let host = HostName::from(&*shadow.host);
             let hold = Command::HoldEpoch { uuid: uuid.into(), epoch, hold_ms: MOVE_TIMEOUT.as_millis() as u64 };
-            match self.call(&host, hold, EPOCHS_TIMEOUT).await {
+            // All that leads back there is read.
+            match self.call(&host, hold, MOVE_TIMEOUT).await {
                 Ok(_) => return Ok(host),
                 Err(error) => why.push(error.message),
             }
@@ -377,7 +378,10 @@ impl Manager {
         if why.is_empty() {
             why = shadows.iter().map(describe_epochs).collect();
         }
-        let message = format!("epoch {epoch} of guest {domain} is not kept any more, or never was: {}", why.join("; "));
+        let message = format!(
+            "epoch {epoch} of guest {domain} is not kept any more, never was, or is damaged: {}",
+            why.join("; ")
+        );
         Err(ApiError::new("not-found", message))
     }
 

@@ -20,7 +20,9 @@
 //! image of the last one, however often and from whatever half-applied state: pages are whole, or changes that replace
 //! bytes. Each byte that differs from the image of the last applied epoch is written by the replay, the last time with
 //! its last value; all others have not changed.
-//! What follows the last commit record is an epoch that was never acknowledged, and is dropped.
+//! What follows the last commit record is an epoch that was never acknowledged, and is dropped. A crash leaves a beginning
+//! of it. What ends otherwise, a whole record with a wrong checksum or a damaged one before a commit record, was changed
+//! where it lay: it may have been acknowledged, and be applied in part.
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
@@ -129,8 +131,11 @@ pub struct Scan {
     pub epochs: Vec<SealedEpoch>,
     /// Bytes up to the end of the last sealed epoch (of the header, if there is none).
     pub sealed_len_bytes: u64,
-    /// Why the scan ended before the end of the bytes, if it did: the mark of a crash while staging.
+    /// Why the scan ended before the end of the bytes, if it did: the mark of a crash while staging, unless it is
+    /// `damaged`.
     pub tail: Option<&'static str>,
+    /// No crash leaves bytes as those that follow: sealed epochs may be missing.
+    pub damaged: bool,
 }
 
 /// A journal that does not belong to this image, or is of another version. There is nothing to replay from it.
@@ -149,13 +154,14 @@ pub enum JournalError {
 /// Reads a journal. An empty one is as good as one with a header only. Never panics, whatever the bytes.
 pub fn scan(bytes: &[u8], guest: GuestUuid, layout: &RamLayout) -> Result<Scan, JournalError> {
     if bytes.is_empty() {
-        return Ok(Scan { epochs: Vec::new(), sealed_len_bytes: 0, tail: None });
+        return Ok(Scan { epochs: Vec::new(), sealed_len_bytes: 0, tail: None, damaged: false });
     }
     check_header(bytes, guest, layout)?;
     let mut scanner = Scanner { layout, decoder: FrameDecoder::new(), open: Open::default() };
     let mut reader = Reader::new(&bytes[JOURNAL_HEADER_BYTES as usize..]);
-    let mut scan = Scan { epochs: Vec::new(), sealed_len_bytes: JOURNAL_HEADER_BYTES, tail: None };
+    let mut scan = Scan { epochs: Vec::new(), sealed_len_bytes: JOURNAL_HEADER_BYTES, tail: None, damaged: false };
     while !reader.rest().is_empty() {
+        let rest = reader.rest();
         match scanner.record(&mut reader) {
             Ok(Some(epoch)) => {
                 scan.epochs.push(epoch);
@@ -163,7 +169,7 @@ pub fn scan(bytes: &[u8], guest: GuestUuid, layout: &RamLayout) -> Result<Scan, 
             }
             Ok(None) => {}
             Err(what) => {
-                scan.tail = Some(what);
+                (scan.tail, scan.damaged) = (Some(what), what != CUT_SHORT || seals_something(rest));
                 return Ok(scan);
             }
         }
@@ -244,8 +250,19 @@ impl Scanner<'_> {
     }
 }
 
+const CUT_SHORT: &str = "the last record is cut short";
+
+/// Whether bytes that begin with a record that claims to be longer hold a commit record, or the length of one.
+fn seals_something(rest: &[u8]) -> bool {
+    const WHOLE: usize = RECORD_HEAD_BYTES + COMMIT_BYTES;
+    let is_commit = |bytes: &[u8]| {
+        bytes.starts_with(&[COMMIT, 0, 0, 0, COMMIT_BYTES as u8]) && read_record(&mut Reader::new(bytes)).is_ok()
+    };
+    rest.first() == Some(&COMMIT) && rest.len() >= WHOLE || rest.windows(WHOLE).any(is_commit)
+}
+
 pub(crate) fn read_record<'a>(reader: &mut Reader<'a>) -> Result<(u8, u64, &'a [u8]), &'static str> {
-    let short = |Truncated| "the last record is cut short";
+    let short = |Truncated| CUT_SHORT;
     let head = reader.array::<8>().map_err(short)?;
     let checksum = reader.u64().map_err(short)?;
     let [kind, _, _, _, len @ ..] = head;
@@ -353,6 +370,7 @@ mod tests {
         for len in JOURNAL_HEADER_BYTES as usize..=bytes.len() {
             let expected = ends.iter().filter(|end| **end <= len).count() as u64;
             assert_eq!(epochs_in(&bytes[..len]), (1..=expected).collect::<Vec<_>>(), "{len} bytes");
+            assert!(!scan(&bytes[..len], GUEST, &layout()).unwrap().damaged, "{len} bytes");
         }
         assert_eq!(epochs_in(&[]), [0; 0]);
         assert_eq!(scan(&bytes[..39], GUEST, &layout()), Err(JournalError::Header));
@@ -393,6 +411,19 @@ mod tests {
             if let Ok(scan) = scan(&bytes, GUEST, &layout()) {
                 let found: Vec<u64> = scan.epochs.iter().map(|e| e.commit.epoch.get()).collect();
                 prop_assert_eq!(&found, &(1..=found.len() as u64).collect::<Vec<_>>());
+            }
+        }
+
+        #[test]
+        fn a_changed_byte_is_told_from_a_crash_if_a_sealed_epoch_is_missing(at in 0usize..2000, change in 1u8..) {
+            let records = records(3);
+            // With and without an epoch that was being staged.
+            for mut bytes in [records.concat(), records[..records.len() - 3].concat()] {
+                let at = at % bytes.len();
+                bytes[at] ^= change;
+                if let Ok(scan) = scan(&bytes, GUEST, &layout()) {
+                    prop_assert!(scan.epochs.len() == 3 || scan.damaged, "{:?} at {}", scan.tail, at);
+                }
             }
         }
 

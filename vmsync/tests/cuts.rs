@@ -431,7 +431,14 @@ struct Seen {
 }
 
 /// A new agent comes up on what is there.
-fn check(storage: &Storage, promised: Promised, moments: &BTreeMap<u64, Moment>, seen: &mut Seen, what: &str) {
+fn check(
+    storage: &Storage,
+    rebooted: bool,
+    promised: Promised,
+    moments: &BTreeMap<u64, Moment>,
+    seen: &mut Seen,
+    what: &str,
+) {
     seen.cuts += 1;
     if storage.state.is_empty() {
         assert_eq!(promised.acked, 0, "{what}");
@@ -439,7 +446,7 @@ fn check(storage: &Storage, promised: Promised, moments: &BTreeMap<u64, Moment>,
     }
     let undo = storage.found();
     seen.torn_records += u64::from(undo.iter().any(|found| found.head.is_none()));
-    let left = Left { state: &storage.state, journal: &storage.files[&Journal], undo: &undo };
+    let left = Left { state: &storage.state, journal: &storage.files[&Journal], undo: &undo, rebooted };
     let resumed = Target::resume(config(), Millis::new(0), left).unwrap();
     let mut shadow = Shadow::new(resumed.target, storage.clone());
     seen.replays += u64::from(resumed.effects.iter().any(|effect| matches!(effect, TargetEffect::Apply(_))));
@@ -510,16 +517,16 @@ fn killed_at_every_write() {
     let day = Day::whole();
     let (mut storage, mut promised, mut seen) = (Storage::new(), Promised::default(), Seen::default());
     for (i, write) in day.shadow.written.iter().enumerate() {
-        check(&storage, promised, &day.moments, &mut seen, &format!("before write {i}"));
+        check(&storage, false, promised, &day.moments, &mut seen, &format!("before write {i}"));
         for part in parts(write) {
             let mut torn = storage.clone();
             torn.do_it(&part);
-            check(&torn, promised, &day.moments, &mut seen, &format!("within write {i}"));
+            check(&torn, false, promised, &day.moments, &mut seen, &format!("within write {i}"));
         }
         storage.do_it(write);
         promise(&mut promised, write);
     }
-    check(&storage, promised, &day.moments, &mut seen, "at the end");
+    check(&storage, false, promised, &day.moments, &mut seen, "at the end");
     let Seen { cuts, replays, torn_records, way_back, promotions } = seen;
     println!(
         "killed {cuts} times in {} writes: {replays} replays, {torn_records} torn undo records, {way_back} steps back, {promotions} promotions carried on",
@@ -580,7 +587,7 @@ fn without_power_at_every_write() {
     for (i, write) in day.shadow.written.iter().enumerate() {
         for variant in 0..POWER_CUTS {
             let storage = without_power(&durable, &pending, variant, &mut random);
-            check(&storage, promised, &day.moments, &mut seen, &format!("power cut {variant} before write {i}"));
+            check(&storage, true, promised, &day.moments, &mut seen, &format!("power cut {variant} before write {i}"));
         }
         match (write, file_of(write)) {
             (Write::Sync(file), _) => {

@@ -477,7 +477,7 @@ fn sealed_epochs_of_changes_are_replayed_after_a_crash() {
     }
     assert_eq!(applied, 2);
     journal.splice(..0, shadow.journal[..40].iter().copied());
-    let left = Left { state: &state, journal: &journal, undo: &[] };
+    let left = Left { state: &state, journal: &journal, undo: &[], rebooted: false };
     let resumed = Target::resume(target_config(), Millis::new(1), left).unwrap();
     for effect in &resumed.effects {
         if let TargetEffect::Apply(frame) = effect {

@@ -29,7 +29,7 @@ fn config() -> TargetConfig {
 }
 
 fn left<'a>(state: &'a [u8], journal: &'a [u8]) -> Left<'a> {
-    Left { state, journal, undo: &[] }
+    Left { state, journal, undo: &[], rebooted: false }
 }
 
 fn hello(lineage: u64) -> SourceBody {

@@ -21,7 +21,7 @@ use anyhow::Context;
 use super::libvirt::Libvirt;
 use super::lock;
 use super::records::Records;
-use crate::api::control::{Role, ShadowStatus};
+use crate::api::control::{GuestEvent, Role, ShadowStatus};
 use crate::api::types::{ApiError, Keep, KeptEpoch};
 use crate::config::Config;
 use crate::transport::Security;
@@ -38,6 +38,7 @@ pub(super) struct Shared {
     pub(super) run_dir: std::path::PathBuf,
     pub(super) disk_dir: std::path::PathBuf,
     pub(super) libvirt: Arc<Libvirt>,
+    pub(super) report: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Promoted guests that are being announced and defined.
     pub(super) finishing: Mutex<BTreeMap<String, JoinHandle<()>>>,
 }
@@ -69,6 +70,7 @@ impl Shadows {
         security: Security,
         libvirt: Arc<Libvirt>,
         records: Arc<Records>,
+        report: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     ) -> anyhow::Result<Arc<Self>> {
         let addr: SocketAddr = config.agent.sync_listen;
         let listener = listen(addr).with_context(|| format!("cannot listen at {addr} for primaries"))?;
@@ -78,6 +80,7 @@ impl Shadows {
             run_dir: config.run_dir.clone(),
             disk_dir: config.agent.disk_dir.clone(),
             libvirt,
+            report,
             finishing: Mutex::default(),
         });
         let shadows = Arc::new(Self {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vmsync::hashes::HashSeed;
 use vmsync::history::{Undo, UndoRecord, read_back};
 use vmsync::message::{Hello, SourceMessage};
+use vmsync::state_record::StateError;
 use vmsync::target::{ConnId, HashId, Left, PreparedImage, Promotion, Target, TargetConfig, TargetEffect, TargetEvent};
 use vmsync::units::{Epoch, GuestUuid, Millis, Term};
 use vmsync::wire::WireError;
@@ -17,7 +18,7 @@ use vmsync::wire::WireError;
 use super::connection::Answers;
 use super::{Promoted, Shared};
 use crate::agent::libvirt::Libvirt;
-use crate::api::control::ShadowStatus;
+use crate::api::control::{GuestEvent, ShadowStatus};
 use crate::api::types::{ApiError, Keep, KeptEpoch};
 use crate::disk::images;
 use crate::hypervisor::xml::GuestDefinition;
@@ -171,12 +172,17 @@ impl Slot {
             Adopted::Waiting(shadow) => inner.undo.found(self.guest, shadow.layout()),
             _ => Vec::new(),
         };
-        let left = Left { state: &state, journal: &journal, undo: &undo };
+        // Its QEMU has lived on: this host was not started anew.
+        let left = Left { state: &state, journal: &journal, undo: &undo, rebooted: false };
         let config = self.config(inner.target.view().term, inner.keep);
         let resumed = match Target::resume(config, self.now(), left) {
             Ok(resumed) => resumed,
+            Err(error @ StateError::Damaged) => return self.found_damaged(&mut inner, &error.to_string()),
             Err(error) => return tracing::warn!(guest = self.domain, %error, "a shadow's state record is of no use"),
         };
+        if let Some(damage) = &resumed.damage {
+            self.found_damaged(&mut inner, damage);
+        }
         for note in resumed.notes {
             tracing::info!(guest = self.domain, note, "taking up a shadow");
         }
@@ -200,6 +206,16 @@ impl Slot {
         let epoch = inner.target.committed().map_or(0, |commit| commit.epoch.get());
         tracing::info!(guest = self.domain, epoch, "shadow taken up where it was");
         self.publish(&inner);
+    }
+
+    /// Nothing that a former agent left here is promoted: the primary, which finds no commit, compares all of it.
+    fn found_damaged(&self, inner: &mut Inner, damage: &str) {
+        inner.problem = format!("what was kept here was found damaged ({damage}) and is compared with its guest");
+        self.publish(inner);
+        let message = format!("shadow of {} on {}: {}", self.domain, self.shared.host, inner.problem);
+        tracing::error!(message);
+        let (level, name) = ("alarm".into(), "shadow-damaged".into());
+        (self.shared.report)(GuestEvent::Notice { uuid: Some(self.uuid.clone()), level, name, message });
     }
 
     /// Milliseconds by the host's clock when this began, steadily from there on.
@@ -517,11 +533,19 @@ impl Slot {
 
     pub(super) fn hold_epoch(&self, epoch: u64, hold_ms: u64) -> Result<(), ApiError> {
         let until = self.now().plus(Millis::new(hold_ms.min(LONGEST_HOLD_MS)));
-        let held = self.lock().target.hold(Epoch::new(epoch), until);
-        held.map_err(|error| {
-            let subject = format!("shadow of {} on {}", self.domain, self.shared.host);
-            ApiError::new("not-found", format!("{subject}: {error}"))
-        })
+        let subject = || format!("shadow of {} on {}", self.domain, self.shared.host);
+        let mut inner = self.lock();
+        let held = inner.target.hold(Epoch::new(epoch), until);
+        held.map_err(|error| ApiError::new("not-found", format!("{}: {error}", subject())))?;
+        // A primary is about to be stopped for it: what leads there is read before, not only then. Epochs go on meanwhile.
+        let (way, shadow) = (inner.target.way_back(Epoch::new(epoch)), inner.shadow.as_ref());
+        let (Some((seqs, state)), Some(shadow)) = (way, shadow) else { return Ok(()) };
+        let layout = shadow.layout().clone();
+        drop(inner);
+        let records = UndoFiles::open(&dir_of(&self.shared.run_dir, &self.uuid).join("undo"));
+        let read = read_back(&seqs, state, self.guest, &layout, |seq| records.read(seq));
+        let cannot = |reason| format!("{} cannot go back to epoch {epoch}: {reason}", subject());
+        read.map(drop).map_err(|reason| ApiError::new("failed", cannot(reason)))
     }
 
     /// Memory or disks were found different from the guest's, as after a fault of this host's memory or disk: no epoch of

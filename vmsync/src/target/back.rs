@@ -57,6 +57,14 @@ impl Target {
         }
     }
 
+    /// Numbers of the records that lead back to that epoch, newest first, and the device state that they begin at; none, if
+    /// it is the newest, or not kept.
+    pub fn way_back(&self, epoch: Epoch) -> Option<(Vec<u64>, DeviceState)> {
+        let applied = self.image.as_ref()?.applied.as_ref()?;
+        let kept = self.history.find(epoch)?;
+        Some((self.history.back_to(kept.seq), applied.device_state.clone()))
+    }
+
     pub(super) fn kept_in_words(&self) -> String {
         let kept = self.kept();
         match (kept.first(), kept.last()) {

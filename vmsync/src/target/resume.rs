@@ -3,7 +3,7 @@
 use super::{Applied, Image, Promotion, Target, TargetConfig, TargetEffect};
 use crate::codec::KnownPages;
 use crate::history::{FoundUndo, History, Keep, Stamp};
-use crate::journal::{Commit, JOURNAL_HEADER_BYTES, SealedEpoch, encode_header, scan};
+use crate::journal::{Commit, JOURNAL_HEADER_BYTES, JournalError, SealedEpoch, encode_header, scan};
 use crate::state_record::{StateError, StateRecord};
 use crate::units::Millis;
 
@@ -13,6 +13,9 @@ pub struct Left<'a> {
     pub state: &'a [u8],
     pub journal: &'a [u8],
     pub undo: &'a [FoundUndo],
+    /// The host itself went down since: of what was not synced, any part may be there. If only the agent ended, all that it
+    /// wrote is there, and bytes that it did not write were changed where they lay.
+    pub rebooted: bool,
 }
 
 /// A target made from what a former agent left.
@@ -23,6 +26,9 @@ pub struct Resumed {
     pub effects: Vec<TargetEffect>,
     /// What was found amiss; for the log.
     pub notes: Vec<String>,
+    /// Why the commit was given up: the journal may have held epochs of it that are lost, or applied in part. The image is
+    /// compared with its primary.
+    pub damage: Option<String>,
 }
 
 impl Target {
@@ -39,7 +45,7 @@ impl Target {
         let mut target = Self::new(config);
         target.now = now;
         target.term = target.term.max(record.term);
-        let mut resumed = Resumed { target, effects: Vec::new(), notes: Vec::new() };
+        let mut resumed = Resumed { target, effects: Vec::new(), notes: Vec::new(), damage: None };
         let Some(image) = record.image else { return Ok(resumed) };
         resumed.target.image = Some(Image {
             known: KnownPages::unknown(&image.layout),
@@ -83,6 +89,10 @@ impl Resumed {
         target.journal.len_bytes = (left.journal.len() as u64).max(1);
         let mut sealed = Vec::new();
         match found {
+            Ok(scan) if scan.damaged && !left.rebooted && image.committed.is_some() => {
+                (image.committed, image.applied) = (None, None);
+                self.damage = Some(format!("its journal was changed where it lay: {}", scan.tail.unwrap_or_default()));
+            }
             Ok(scan) => {
                 if let Some(tail) = scan.tail {
                     self.notes.push(format!("dropped an epoch that was never acknowledged: {tail}"));
@@ -99,12 +109,16 @@ impl Resumed {
                 }
             }
             Err(error) => {
-                self.notes.push(error.to_string());
                 // A header damaged while it was written, before anything was staged, is no loss; a longer file
                 // may have held sealed epochs that are half applied.
                 if left.journal.len() as u64 > JOURNAL_HEADER_BYTES && image.committed.take().is_some() {
                     image.applied = None;
-                    self.notes.push("gave up the commit: the journal may have held a part of it".into());
+                    match error {
+                        JournalError::Header => self.damage = Some(error.to_string()),
+                        other => self.notes.push(format!("gave up the commit: {other}")),
+                    }
+                } else {
+                    self.notes.push(error.to_string());
                 }
             }
         }

@@ -24,7 +24,7 @@ pub struct Storage {
 
 impl Storage {
     fn left<'a>(&'a self, state: &'a [u8], undo: &'a [FoundUndo]) -> Left<'a> {
-        Left { state, journal: &self.journal, undo }
+        Left { state, journal: &self.journal, undo, rebooted: false }
     }
 
     fn found(&self, layout: &RamLayout) -> Vec<FoundUndo> {
