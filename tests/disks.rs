@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -235,7 +236,58 @@ fn a_shadow_without_room_says_so_and_the_guest_notices_nothing() {
 fn memory_and_disks_go_back_to_one_epoch() {
     let _one = one_lab();
     let bed = raise("disk-rewind", 2, QemuUser::Root, &["64", "32"]);
-    let (code, _, errors) = bed.cli("host1", &["enable", GUEST, "--keep", "10min,256M", "--wait", "120"]);
+    go_back(&bed, &[]);
+}
+
+#[test]
+fn so_they_do_while_output_is_held() {
+    let _one = one_lab();
+    let bed = raise("disk-rewind-held", 2, QemuUser::Root, &["64"]);
+    let mut old = bed.lab.guest_client(bed.guest.ip).unwrap();
+    old.set_timeout(Some(Duration::from_secs(5))).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // It is told of what is then undone: the guest's past knows nothing of this connection's last bytes.
+        let asking = scope.spawn(|| {
+            let mut answers = 0u32;
+            let mut highest = 0;
+            while !stop.load(Ordering::Relaxed) {
+                match old.status() {
+                    Ok(answer) => (answers, highest) = (answers + 1, answer.counter.max(highest)),
+                    Err(error) => return format!("{answers} answers, counter {highest}, then: {error}"),
+                }
+            }
+            format!("{answers} answers, none missing")
+        });
+        go_back(&bed, &["--consistency", "output-commit", "--quorum", "all", "--on-loss", "consistency"]);
+        stop.store(true, Ordering::Relaxed);
+        println!("a client that asked all the time, on one connection: {}", asking.join().unwrap());
+    });
+
+    // What is told from here on stays true again, over a power cut of the new primary's host.
+    bed.fleet.wait_hosts(2, BACK_WITHIN).unwrap();
+    let holding = |view: &GuestView| view.capture.output.gate == "holding" && view.capture.output.reason.is_empty();
+    bed.fleet.wait(GUEST, "output held", BACK_WITHIN, holding).unwrap();
+    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
+    client.set_timeout(Some(Duration::from_secs(20))).unwrap();
+    let began = Instant::now();
+    let mut told = client.status().unwrap();
+    while began.elapsed() < Duration::from_secs(1) {
+        told = client.status().unwrap();
+    }
+    bed.lab.power_cut("host2").unwrap();
+    let after = client.status().expect("the connection lives on");
+    assert!(after.counter >= told.counter && after.records >= told.records, "told {told:?}, then {after:?}");
+    let back = records(&bed);
+    assert!(back.durable >= told.records, "{back:?}, {told:?}");
+    check_file_systems(&bed, "host1");
+    bed.assert_guest_unharmed();
+}
+
+/// Notes something, lets time go by, and goes back to the note: all of the guest is as it was then.
+fn go_back(bed: &Bed, options: &[&str]) {
+    let enable = [&["enable", GUEST, "--keep", "10min,256M", "--wait", "120"], options].concat();
+    let (code, _, errors) = bed.cli("host1", &enable);
     assert_eq!(code, Some(0), "{errors}");
     bed.wait_protected();
     let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
@@ -243,7 +295,7 @@ fn memory_and_disks_go_back_to_one_epoch() {
     let epoch = bed.assert_equal_disks().epoch;
     let then = client.status().unwrap();
     // By the guest's clock, so that nobody takes one moment for the other.
-    wait_written(&bed, 200);
+    wait_written(bed, 200);
     while client.status().unwrap().uptime_ms < then.uptime_ms + 3_000 {
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -258,12 +310,12 @@ fn memory_and_disks_go_back_to_one_epoch() {
     assert!(now.uptime_ms <= then.uptime_ms + ordered.elapsed().as_millis() as u64, "{now:?} from {then:?}");
     assert_eq!((&now.boot, now.errors), (&then.boot, 0));
     // Read from the disks, and not one record more than the memory knows of.
-    let back = records(&bed);
+    let back = records(bed);
     println!("back at epoch {epoch}: {} records then, {back:?} now", then.records);
     client.verify().unwrap();
     let view = bed.wait_protection_goes_on();
     assert_eq!(view.primary.host, "host2");
-    check_file_systems(&bed, "host2");
+    check_file_systems(bed, "host2");
     bed.assert_equal_disks();
     bed.assert_guest_unharmed();
 }
