@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::{BACK_WITHIN, Bed, GUEST, INTERVAL, Random, one_lab};
-use virt_shadow::api::types::{Consistency, ConsistencyMode, GuestState, GuestView, OnLoss, Quorum};
+use virt_shadow::api::types::{Consistency, ConsistencyMode, EventView, GuestState, GuestView, OnLoss, Quorum};
 use virt_shadow::lab::fleet::Fleet;
 use virt_shadow::lab::history::{Act, Call, is_linearizable};
-use virt_shadow::lab::{GuestOptions, Lab, LabOptions, QemuUser};
+use virt_shadow::lab::{CLIENT, GuestOptions, Lab, LabOptions, QemuUser};
 
 /// How long output may stay away when something of ours fails: the bound is 200 ms, this machine may be busy.
 const OPEN_WITHIN: Duration = Duration::from_millis(900);
@@ -230,11 +230,19 @@ fn output_goes_on_whatever_fails() {
     report_silence(&bed, "agent stopped", from);
     wait_holding(&bed);
 
-    // A stopped gate: the agent ends it and takes the filters out.
-    let from = Instant::now();
-    kill(gate(&bed, "host1"), Signal::SIGSTOP).unwrap();
+    // A stopped gate is told to go on; if somebody insists, the agent ends it and takes the filters out.
+    let (from, stopped) = (Instant::now(), gate(&bed, "host1"));
+    kill(stopped, Signal::SIGSTOP).unwrap();
     std::thread::sleep(Duration::from_millis(1_200));
     report_silence(&bed, "gate stopped", from);
+    wait_holding(&bed);
+    let from = Instant::now();
+    while kill(stopped, Signal::SIGSTOP).is_ok() {
+        assert!(from.elapsed() < BACK_WITHIN, "a gate that is stopped for good is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(1_200));
+    report_silence(&bed, "gate stopped for good", from);
     wait_holding(&bed);
 
     let from = Instant::now();
@@ -295,6 +303,71 @@ fn with_consistency_first_nothing_leaves_without_its_quorum() {
     let answer = bed.lab.guest_client(bed.guest.ip).unwrap().status().unwrap();
     assert!(answer.counter > told.counter && answer.boot == told.boot);
     bed.assert_guest_unharmed();
+}
+
+/// What is left in QEMU of that interface's filters and sockets.
+fn left_of(bed: &Bed, host: &str, netdev: &str) -> String {
+    let sockets = bed.lab.virsh(host, &["qemu-monitor-command", GUEST, r#"{"execute":"query-chardev"}"#]).unwrap();
+    let ours = sockets.split('"').filter(|word| word.starts_with("virt-shadow-")).collect::<Vec<_>>().join(" ");
+    let all = format!("{} {ours}", filters(bed, host));
+    all.split(' ').filter(|name| name.contains(netdev)).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn an_interface_that_is_plugged_in_is_held_and_unplugged_leaves_nothing() {
+    const MAC: &str = "52:54:00:99:99:98";
+    let _one_lab = one_lab();
+    let bed = Bed::raise("plugged", 2, 1, QemuUser::Root);
+    enable(&bed, output_commit(Quorum::All, OnLoss::Consistency));
+    let script = "ip address add 10.99.0.1/24 dev $(ip -o -4 address | awk '/10\\.77\\.0\\.3/ { print $2 }')";
+    let output = bed.lab.exec(CLIENT, &["sh", "-c", script]).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let wait_told = |words: &str, times: usize| {
+        let is_it = |event: &EventView| event.kind == "output-interface" && event.message.contains(words);
+        let began = Instant::now();
+        loop {
+            let told: Vec<EventView> = bed.fleet.events().unwrap_or_default().into_iter().filter(is_it).collect();
+            if told.len() >= times {
+                return println!("{}", told[times - 1].message);
+            }
+            assert!(began.elapsed() < BACK_WITHIN, "no event says {words:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    for round in 1..=2 {
+        let device = ["bridge", "br0", "--model", "virtio", "--mac", MAC, "--live"];
+        bed.lab.virsh("host1", &[["attach-interface", GUEST].as_slice(), &device].concat()).unwrap();
+        wait_told(&format!("interface {MAC} is held"), round);
+        assert_eq!(left_of(&bed, "host1", "hostnet1").split(' ').count(), 4, "{}", left_of(&bed, "host1", "hostnet1"));
+        wait_holding(&bed);
+        if round == 1 {
+            what_leaves_by_it_is_held(&bed, MAC);
+        }
+        bed.lab.virsh("host1", &["detach-interface", GUEST, "bridge", "--mac", MAC, "--live"]).unwrap();
+        wait_told(&format!("interface {MAC} is gone"), round);
+        assert_eq!(left_of(&bed, "host1", "hostnet1"), "");
+        wait_holding(&bed);
+    }
+    // Those of the first one were there all along.
+    assert_eq!(left_of(&bed, "host1", "hostnet0").split(' ').count(), 4);
+    bed.assert_guest_unharmed();
+}
+
+fn what_leaves_by_it_is_held(bed: &Bed, mac: &str) {
+    let mut first = bed.lab.guest_client(bed.guest.ip).unwrap();
+    first.set_timeout(Some(Duration::from_secs(20))).unwrap();
+    let answer = first.ask(&format!("nic {mac} 10.99.0.2/24")).unwrap();
+    assert!(answer.starts_with("ok nic "), "{answer}");
+    let mut client = bed.lab.guest_client("10.99.0.2".parse().unwrap()).unwrap();
+    client.set_timeout(Some(Duration::from_millis(1_500))).unwrap();
+    client.status().unwrap();
+    bed.lab.power_cut("host2").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(client.status().is_err(), "an answer left by the new interface that no shadow knows of");
+    bed.lab.power_on("host2").unwrap();
+    bed.wait_protection_goes_on();
+    wait_holding(bed);
+    bed.lab.guest_client("10.99.0.2".parse().unwrap()).unwrap().status().unwrap();
 }
 
 fn report_silence(bed: &Bed, what: &str, from: Instant) {

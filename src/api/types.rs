@@ -239,7 +239,7 @@ pub struct CaptureStats {
 /// The output gate of a guest with `output-commit`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutputStats {
-    /// `holding`, `open` (output leaves at once), `none` (nothing is between guest and network); empty with `async`.
+    /// `holding`, `partial` (not all interfaces), `open` (output leaves at once), `none` (nothing is between guest and network); empty with `async`.
     pub gate: String,
     /// Why it is not `holding`.
     #[serde(default)]

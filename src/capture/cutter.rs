@@ -314,15 +314,15 @@ impl Cutter {
     /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
     pub fn prepare(&mut self) -> Result<bool, CutError> {
         let (memory, mut ready) = (self.memory.clone(), false);
-        self.stopped(|tracker, _, _| {
+        self.stopped(self.bound, |tracker, _, _| {
             ready = tracker.prepare_part(&memory)?;
             Ok(())
         })?;
         Ok(ready)
     }
 
-    /// Cuts, and reads the contents of `extras` besides the written pages.
-    pub fn cut(&mut self, extras: &PageSet) -> Result<Captured, CutError> {
+    /// Cuts within `bound`, and reads the contents of `extras` besides the written pages.
+    pub fn cut(&mut self, extras: &PageSet, bound: Duration) -> Result<Captured, CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
         let (mut parts, mut extra_pages) = (Vec::new(), PageBatch::new());
@@ -331,7 +331,7 @@ impl Cutter {
         // Room for the pages is made before the guest stops, for about as many as last time.
         let mut spare = PageBatch::with_capacity(self.pages_hint);
         let mut copiers = std::mem::take(&mut self.copiers);
-        let outcome = self.stopped(|tracker, carried, let_qemu_go_on| {
+        let outcome = self.stopped(bound, |tracker, carried, let_qemu_go_on| {
             let began = Instant::now();
             mark = at_stop.as_ref().and_then(|at_stop| at_stop());
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
@@ -366,7 +366,7 @@ impl Cutter {
     pub fn collect(&mut self) -> Result<(PageSet, Instant), CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let outcome = self.stopped(|tracker, carried, _| {
+        let outcome = self.stopped(self.bound, |tracker, carried, _| {
             let found = tracker.collect(&memory, carried);
             let on_disks = collect_disks(&memory, carried);
             dirty.union_with(carried);
@@ -382,11 +382,12 @@ impl Cutter {
     /// `work` may call its last argument to let QEMU write a part more of its state.
     fn stopped(
         &mut self,
+        bound: Duration,
         mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
     ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
         self.finish()?;
         self.pipe.empty().map_err(CutError::Pipe)?;
-        self.guard.begin(self.slot, self.bound)?;
+        self.guard.begin(self.slot, bound)?;
         let command = format!(
             r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"/proc/self/fd/{}","live":false}}}}"#,
             self.pipe.path_fd
@@ -433,7 +434,7 @@ impl Cutter {
             if whole && state.len() > filled { held_bytes(state.len()) } else { (PAGE_SIZE, 0) };
         let fired = if self.unanswered { self.guard.has_fired(self.slot)? } else { self.end()? };
         if fired {
-            return Err(CutError::WatchdogFired(self.bound));
+            return Err(CutError::WatchdogFired(bound));
         }
         answer.transpose().map_err(CutError::Monitor)?;
         let (Some(began), Some(worked)) = (began, worked) else {

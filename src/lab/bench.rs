@@ -8,6 +8,7 @@ mod disk;
 mod failover;
 mod output;
 mod pause;
+mod silence;
 mod workloads;
 
 use std::io;

@@ -418,6 +418,11 @@ impl Lab {
         Ok(status::service_pid(init, service))
     }
 
+    /// Number outside of a process that a node's daemon has started with that word, as `gate`.
+    pub fn companion_pid(&self, node: &str, word: &str) -> Result<Option<i32>> {
+        Ok(self.service_pid(node, "virtshadowd")?.and_then(|daemon| process::child_with_word(daemon, word)))
+    }
+
     /// Log of `init`, `libvirtd` or `virtshadowd` of a node.
     pub fn service_log(&self, node: &str, service: &str) -> PathBuf {
         state::node_var_dir(&self.name, node).join("log").join(format!("{service}.log"))

@@ -57,8 +57,11 @@ fn chardev(filter: &str) -> String {
     format!("{filter}-socket")
 }
 
-/// What of ours is in this QEMU: filters, and sockets.
-fn present(domain: &Domain) -> Result<(Vec<String>, Vec<String>), HypervisorError> {
+/// Filters, and sockets.
+pub(super) type Present = (Vec<String>, Vec<String>);
+
+/// What of ours is in this QEMU.
+pub(super) fn present(domain: &Domain) -> Result<Present, HypervisorError> {
     let names = |list: &Value, field: &str| -> Vec<String> {
         let items = list.as_array().into_iter().flatten();
         let names = items.filter_map(|item| item.get(field)?.as_str());
@@ -68,9 +71,39 @@ fn present(domain: &Domain) -> Result<(Vec<String>, Vec<String>), HypervisorErro
     Ok((filters, names(&domain.qmp_call("query-chardev", Value::Null)?, "label")))
 }
 
+/// Whether a NIC has all of its filters. A NIC that is unplugged takes them with it.
+pub(super) fn is_whole(present: &Present, netdev: &str, tag: &str) -> bool {
+    let names = Names::of(netdev, tag);
+    present.0.contains(&names.capture) && present.0.contains(&names.release)
+}
+
+/// Takes out what there is of one NIC.
+pub(super) fn remove_nic(domain: &Domain, netdev: &str, tag: &str) -> Result<(), HypervisorError> {
+    let names = Names::of(netdev, tag);
+    let (filters, sockets) = present(domain)?;
+    for name in [&names.capture, &names.release] {
+        if filters.contains(name) {
+            domain.qmp_call("object-del", json!({"id": name}))?;
+        }
+        if sockets.contains(&chardev(name)) {
+            domain.qmp_call("chardev-remove", json!({"id": chardev(name)}))?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether this QEMU has filters of ours.
 pub fn left_behind(domain: &Domain) -> Result<bool, HypervisorError> {
     present(domain).map(|(filters, sockets)| !filters.is_empty() || !sockets.is_empty())
+}
+
+/// Output no longer goes through the gate with this tag: what costs the least calls, as output waits for it. What is
+/// left is [`remove`]'s.
+pub(super) fn bypass(domain: &Domain, netdevs: &[String], tag: &str) {
+    for netdev in netdevs {
+        // One that is not there any more is fine.
+        let _ = domain.qmp_call("object-del", json!({"id": Names::of(netdev, tag).capture}));
+    }
 }
 
 /// Takes what is ours out, but for the gate with the tag `but`: output leaves as if nothing had been. `flush` is called

@@ -20,15 +20,21 @@ use vmsync::output::{Fate, Gate, GateLimits, Mark};
 use super::wire::{self, Figures, Item, Order, Setting, Splitter, Word};
 use crate::capture::{companion, priority};
 
-const MAX_NICS: usize = 64;
+/// Over its life; a gate that has had so many is replaced.
+pub(super) const MAX_NICS: usize = 64;
 const READ_BYTES: usize = 256 << 10;
 /// For QEMU to take; beyond, frames are dropped.
 const MAX_UNSENT_BYTES: usize = 64 << 20;
 /// Waiting times that the figures are made of.
 const SAMPLES: usize = 4096;
 const FIGURES_EVERY: Duration = Duration::from_millis(500);
-/// How long after its agent's end it opens: a host that loses power ends both at once, though not in one moment.
+/// How long after its agent's last word it opens when that has ended: a host that loses power ends both at once, though not in one moment.
 const ORPHAN_OPENS_AFTER: Duration = Duration::from_millis(100);
+/// An agent that said nothing for so long stands still: it pings several times within that.
+const UNHEARD_AFTER: Duration = Duration::from_millis(100);
+/// Looks that must have been in vain as well, so far apart: this process itself may have stood still.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOKS: u32 = 3;
 /// After [`Order::End`], for QEMU to take the rest.
 const END_WITHIN: Duration = Duration::from_millis(500);
 
@@ -49,6 +55,12 @@ struct Process {
     started: Instant,
     age: Option<Duration>,
     orphan_since: Option<Instant>,
+    /// When the agent said something last, and how often we have looked in vain since.
+    heard_at: Instant,
+    looks: u32,
+    look_at: Instant,
+    /// It opened by itself, and the agent has not been told.
+    untold: Option<Word>,
     ends_by: Option<Instant>,
     figures_at: Instant,
     held_for_us: VecDeque<u32>,
@@ -91,6 +103,10 @@ impl Process {
             started: now,
             age: limits.age,
             orphan_since: None,
+            heard_at: now,
+            looks: 0,
+            look_at: now,
+            untold: None,
             ends_by: None,
             figures_at: now + FIGURES_EVERY,
             held_for_us: VecDeque::new(),
@@ -127,8 +143,18 @@ impl Process {
 
     fn timers(&mut self, now: Instant) {
         if self.gate.opens_at().is_some_and(|at| self.now() >= at) {
-            self.open();
-            self.tell(&Word::Opened);
+            self.open_by_itself(false);
+        }
+        if self.is_impatient() && now >= self.look_at {
+            self.look_at = now + LOOK_EVERY;
+            self.looks += 1;
+            if now >= self.heard_at + UNHEARD_AFTER && self.looks > LOOKS {
+                self.open_by_itself(true);
+            }
+        }
+        // The agent must know, however full its socket was.
+        if self.untold.as_ref().is_some_and(|word| self.tell(word)) {
+            self.untold = None;
         }
         let orphan = self.orphan_since.is_some_and(|since| now >= since + ORPHAN_OPENS_AFTER);
         if orphan && self.age.is_some() && self.gate.is_holding() {
@@ -138,6 +164,16 @@ impl Process {
             self.figures_at = now + FIGURES_EVERY;
             self.tell_figures();
         }
+    }
+
+    /// With availability first, output does not wait for an agent that stands still.
+    fn is_impatient(&self) -> bool {
+        self.control.is_some() && self.age.is_some() && self.gate.is_holding()
+    }
+
+    fn open_by_itself(&mut self, unheard: bool) {
+        self.open();
+        self.untold = Some(Word::Opened { unheard });
     }
 
     fn wait(&self) -> io::Result<Ready> {
@@ -154,7 +190,9 @@ impl Process {
         let mut next = self.control.as_ref().map(|_| self.figures_at);
         let opens_at = self.gate.opens_at().map(|at| self.started + at);
         let orphan_at = self.orphan_since.filter(|_| self.gate.is_holding() && self.age.is_some());
-        for at in [opens_at, orphan_at.map(|since| since + ORPHAN_OPENS_AFTER), self.ends_by].into_iter().flatten() {
+        let orphan_opens_at = orphan_at.map(|since| since + ORPHAN_OPENS_AFTER);
+        let look_at = self.is_impatient().then_some(self.look_at);
+        for at in [opens_at, orphan_opens_at, look_at, self.ends_by].into_iter().flatten() {
             next = Some(next.map_or(at, |next| next.min(at)));
         }
         let timeout_ms = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as i32 + 1);
@@ -170,11 +208,15 @@ impl Process {
     fn orders(&mut self) {
         while let Some(control) = &self.control {
             match wire::receive::<Order>(control.as_fd()) {
-                Ok(Some((order, fds))) => self.order(order, fds),
+                Ok(Some((order, fds))) => {
+                    (self.heard_at, self.looks) = (Instant::now(), 0);
+                    self.order(order, fds);
+                }
                 Ok(None) => return,
                 Err(_) => {
                     self.control = None;
-                    self.orphan_since = Some(Instant::now());
+                    // The end of a large process takes a while: since its last word, not since its socket closed.
+                    self.orphan_since = Some(self.heard_at);
                 }
             }
         }
@@ -182,10 +224,12 @@ impl Process {
 
     fn order(&mut self, order: Order, mut fds: Vec<OwnedFd>) {
         match order {
-            Order::Nic => {
+            Order::Nic { after } => {
                 if let (Some(release), Some(capture)) = (fds.pop(), fds.pop())
                     && self.nics.len() < MAX_NICS
                 {
+                    // One that is plugged into a guest whose output is held is held from its first frame.
+                    self.gate.mark(self.nics.len(), Mark::new(after));
                     self.nics.push(Nic::new(capture, release));
                 }
             }
@@ -208,7 +252,7 @@ impl Process {
                 });
                 self.lost += lost;
             }
-            Order::Ping(number) => self.tell(&Word::Here(number)),
+            Order::Ping(number) => drop(self.tell(&Word::Here(number))),
             Order::End => {
                 self.open();
                 self.ends_by = Some(Instant::now() + END_WITHIN);
@@ -259,11 +303,11 @@ impl Process {
         Ok(())
     }
 
-    /// The agent may be slow to listen; what it misses it does not need to live, and neither do we.
-    fn tell(&self, word: &Word) {
-        if let Some(control) = &self.control {
-            let _ = wire::send(control.as_fd(), word, &[]);
-        }
+    /// The agent may be slow to listen; what it misses it does not need to live, and neither do we. False: it was not told,
+    /// and may be later.
+    fn tell(&self, word: &Word) -> bool {
+        let told = |control: &OwnedFd| wire::send(control.as_fd(), word, &[]).is_ok();
+        self.control.as_ref().is_none_or(told)
     }
 
     fn tell_figures(&mut self) {

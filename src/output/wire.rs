@@ -22,8 +22,10 @@ const MAX_FDS: usize = 2;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// One more NIC; its capture and release sockets come with it.
-    Nic,
+    /// One more NIC; its capture and release sockets come with it. `after`: the last mark before it.
+    Nic {
+        after: u32,
+    },
     Set(Setting),
     Hold,
     Open,
@@ -46,8 +48,10 @@ pub struct Setting {
 pub enum Word {
     /// Output waits that came after that mark.
     Waits(u32),
-    /// It opened by itself: a frame was too old.
-    Opened,
+    /// It opened by itself: a frame was too old, or (`unheard`) the agent had said nothing for too long.
+    Opened {
+        unheard: bool,
+    },
     Here(u64),
     Figures(Figures),
 }

@@ -189,11 +189,7 @@ impl Bed {
 
     /// The process of a host's agent that was started with that word.
     pub fn child_of_agent(&self, host: &str, first_word: &str) -> Pid {
-        let agent = self.service(host, "virtshadowd");
-        let is_it = |pid: &i32| {
-            parent(*pid) == Some(agent.as_raw()) && arguments(*pid).get(1).is_some_and(|word| word == first_word)
-        };
-        let found = processes().into_iter().find(is_it);
+        let found = self.lab.companion_pid(host, first_word).unwrap();
         Pid::from_raw(found.unwrap_or_else(|| panic!("the agent of {host} has no {first_word}")))
     }
 
@@ -292,9 +288,4 @@ fn processes() -> Vec<i32> {
 fn arguments(pid: i32) -> Vec<String> {
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
-}
-
-fn parent(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use vmsync::output::{Committer, Effect, Fate, Gate, GateLimits, Mark, Mode, OnLoss, PeerPart, Policy, Quorum};
+use vmsync::output::{Cause, Committer, Effect, Fate, Gate, GateLimits, Mark, Mode, OnLoss, PeerPart, Policy, Quorum};
 use vmsync::{Epoch, PeerId};
 
 #[derive(Debug, Clone)]
@@ -167,7 +167,7 @@ impl Model {
                 if self.gate.opens_at().is_some_and(|at| at <= self.now) {
                     assert!(available, "with consistency first no frame is too old");
                     self.open();
-                    self.committer.gate_opened(self.now, &mut self.orders);
+                    self.committer.gate_opened(self.now, Cause::TooOld, &mut self.orders);
                 }
                 self.look();
             }

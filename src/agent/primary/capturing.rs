@@ -81,6 +81,8 @@ pub(super) struct Capturing {
     tracker_reason: String,
     pacing: Pacing,
     next_cut_at: Instant,
+    /// The longest a cut may take; less than the operator allows while output waits.
+    pub(super) cut_bound: Duration,
     /// A cut is due and must wait.
     held_up: bool,
     /// The tracker's preparation is done.
@@ -187,6 +189,7 @@ impl Capturing {
             tracker_reason,
             pacing: Pacing::new(spec.interval, spec.budget),
             next_cut_at: now,
+            cut_bound: context.watchdog,
             held_up: false,
             ready: false,
             recorder,
@@ -298,7 +301,7 @@ impl Capturing {
             }
             CutPlan::Cut { extras } => {
                 self.cutting_since = Some(now);
-                self.cuts.cut(extras);
+                self.cuts.cut(extras, self.cut_bound);
             }
         }
     }
@@ -324,7 +327,7 @@ impl Capturing {
         match self.source.cut_plan() {
             CutPlan::Cut { extras } if self.cutting_since.is_none() && self.is_ready() => {
                 self.cutting_since = Some(Instant::now());
-                self.cuts.cut(extras);
+                self.cuts.cut(extras, self.context.watchdog);
                 true
             }
             _ => false,

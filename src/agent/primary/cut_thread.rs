@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmsync::page_set::PageSet;
 
@@ -13,7 +13,7 @@ use crate::capture::priority;
 /// What the thread can be told.
 enum Order {
     Prepare,
-    Cut(PageSet),
+    Cut { extras: PageSet, bound: Duration },
     Collect,
     SetGuard(Arc<Guard>),
 }
@@ -40,7 +40,7 @@ impl CutThread {
             while let Ok(order) = received.recv() {
                 match order {
                     Order::Prepare => answer(CutAnswer::Prepared(cutter.prepare())),
-                    Order::Cut(extras) => answer(CutAnswer::Cut(Box::new(cutter.cut(&extras)))),
+                    Order::Cut { extras, bound } => answer(CutAnswer::Cut(Box::new(cutter.cut(&extras, bound)))),
                     Order::Collect => answer(CutAnswer::Collected(cutter.collect())),
                     Order::SetGuard(guard) => cutter.set_guard(guard),
                 }
@@ -58,8 +58,9 @@ impl CutThread {
         let _ = self.orders.send(Order::Prepare);
     }
 
-    pub fn cut(&self, extras: PageSet) {
-        let _ = self.orders.send(Order::Cut(extras));
+    /// `bound`: for this cut, instead of the usual one.
+    pub fn cut(&self, extras: PageSet, bound: Duration) {
+        let _ = self.orders.send(Order::Cut { extras, bound });
     }
 
     pub fn collect(&self) {

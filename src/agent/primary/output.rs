@@ -21,10 +21,13 @@ use crate::agent::libvirt::LiveDomain;
 use crate::api::control::GuestEvent;
 use crate::api::types::{self, Consistency, OutputStats, Percentiles};
 use crate::capture::cutter::AtStop;
-use crate::output::{self, Figures, Gate, Marker, News, Setting};
+use crate::output::{self, Figures, Gate, GateError, Marker, News, Plugged, Setting};
 
 /// With availability first no frame is held longer.
-const AGE: Duration = Duration::from_millis(200);
+const AGE: Duration = Duration::from_millis(160);
+/// While output is held with availability first, a cut does not take longer: an agent that is stopped in the middle of one
+/// must not keep the guest silent for long.
+const CUT_AT_MOST: Duration = Duration::from_millis(120);
 /// A gate that could not be put in place, or was lost, is tried again so much later.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// Output that leaves uncommitted is told at most this often; it is counted always.
@@ -60,6 +63,9 @@ pub(super) struct Output {
     started: Instant,
     try_at: Instant,
     problem: String,
+    /// NICs that the gate does not stand before, and why; looked at again then.
+    not_held: Vec<String>,
+    look_at: Option<Instant>,
     figures: Figures,
     opened_total: u64,
     told_at: Option<Instant>,
@@ -114,6 +120,8 @@ impl Output {
             started: now,
             try_at: now,
             problem: String::new(),
+            not_held: Vec::new(),
+            look_at: None,
             figures: Figures::default(),
             opened_total: 0,
             told_at: None,
@@ -154,14 +162,8 @@ impl Output {
         self.committer.attached_anew();
         self.try_at = Instant::now();
         let Ok(domain) = domain.get() else { return };
-        if let Some(gate) = &self.gate {
-            let xml = domain.xml(crate::hypervisor::XmlKind::Live).unwrap_or_default();
-            if !gate.covers(&xml) {
-                tracing::info!(guest = self.guest, "other NICs: its output gets another gate");
-                self.forget_marks();
-                // Stays in place until the new one stands.
-                self.problem = "replaced".into();
-            }
+        if self.gate.is_some() {
+            self.follow_nics();
         } else if !self.consistency.is_output_commit() && output::left_behind(&domain).unwrap_or(false) {
             tracing::warn!(guest = self.guest, "taking out a gate that an earlier agent left");
             if let Err(error) = output::remove(&domain, None, || ()) {
@@ -170,8 +172,56 @@ impl Output {
         }
     }
 
+    /// NICs may have come or gone: those that came are held at once, before the guest has set them up.
+    pub(super) fn follow_nics(&mut self) {
+        let Some(gate) = self.gate.as_mut().filter(|_| self.problem.is_empty()) else { return };
+        self.look_at = None;
+        let followed = match gate.follow() {
+            Ok(followed) => followed,
+            // What is held is held without libvirtd, too.
+            Err(GateError::Hypervisor(error)) if error.is_disconnect() => {
+                self.look_at = Some(Instant::now() + AGAIN_AFTER);
+                return;
+            }
+            Err(error) => {
+                tracing::info!(guest = self.guest, %error, "its output gets another gate");
+                self.forget_marks();
+                // Stays in place until the new one stands.
+                self.problem = "replaced".into();
+                return;
+            }
+        };
+        for Plugged { mac, left_before } in &followed.plugged {
+            let (level, what) = match left_before {
+                Some(0) => ("info", "before it sent anything".to_owned()),
+                Some(frames) => ("warning", format!("{frames} frames of it had left before")),
+                None => ("warning", "what it sent before is not known".to_owned()),
+            };
+            self.tell_at_once(level, "output-interface", &format!("output of interface {mac} is held, {what}"));
+        }
+        for mac in &followed.unplugged {
+            self.tell_at_once(
+                "info",
+                "output-interface",
+                &format!("interface {mac} is gone, and all that held its output"),
+            );
+        }
+        if !followed.not_held.is_empty() {
+            self.look_at = Some(Instant::now() + AGAIN_AFTER);
+            if self.not_held != followed.not_held {
+                let why = followed.not_held.join("; ");
+                tracing::warn!(guest = self.guest, why, "a part of its output is not held");
+                self.tell_at_once("alarm", "output-open", &format!("a part of the output leaves uncommitted: {why}"));
+            }
+        }
+        self.not_held = followed.not_held;
+    }
+
     /// Puts a gate in place if there should be one; called while the guest is attached.
     pub(super) fn keep_gate(&mut self, context: &Arc<PrimaryContext>, inputs: &Sender<Input>) {
+        if self.look_at.is_some_and(|at| Instant::now() >= at) {
+            self.follow_nics();
+        }
         let missing = self.gate.is_none() || !self.problem.is_empty();
         if !self.consistency.is_output_commit() || !missing || Instant::now() < self.try_at {
             return;
@@ -191,6 +241,8 @@ impl Output {
                 self.forget_marks();
                 lock(&self.marks).marker = Some(gate.marker());
                 self.figures = Figures::default();
+                self.not_held.clear();
+                self.look_at = Some(Instant::now());
                 self.gate = Some(gate);
                 if holding && self.committer.mode() != &Mode::Holding {
                     self.committer = Committer::new(policy(&self.consistency), true);
@@ -238,7 +290,10 @@ impl Output {
                 self.on_demand.left(left);
                 self.figures = figures;
             }
-            News::Opened => self.committer.gate_opened(self.started.elapsed(), &mut self.effects),
+            News::Opened { unheard } => {
+                let cause = if unheard { Cause::Unheard } else { Cause::TooOld };
+                self.committer.gate_opened(self.started.elapsed(), cause, &mut self.effects);
+            }
             News::Lost { removed } => {
                 self.forget_marks();
                 self.gate = None;
@@ -276,6 +331,13 @@ impl Output {
         self.carry_out();
         let due = self.committer.wants_cut().then(|| self.on_demand.due(self.committer.uncommitted()));
         due.flatten().map(|at| self.started + at)
+    }
+
+    /// How long a cut may take, of what the operator allows.
+    pub(super) fn cut_bound(&self, allowed: Duration) -> Duration {
+        let available = self.consistency.on_loss == types::OnLoss::Availability;
+        let holds = self.is_on() && self.committer.mode() == &Mode::Holding;
+        if available && holds { allowed.min(CUT_AT_MOST) } else { allowed }
     }
 
     pub(super) fn is_on(&self) -> bool {
@@ -318,6 +380,10 @@ impl Output {
             return;
         }
         self.told_at = Some(now);
+        self.tell_at_once(level, name, message);
+    }
+
+    fn tell_at_once(&self, level: &str, name: &str, message: &str) {
         let uuid = Some(self.uuid.clone());
         (self.report)(GuestEvent::Notice { uuid, level: level.into(), name: name.into(), message: message.into() });
     }
@@ -346,6 +412,7 @@ impl Output {
         }
         let (gate, reason) = match (&self.gate, self.committer.mode()) {
             (None, _) => ("none", self.problem.clone()),
+            (Some(_), Mode::Holding) if !self.not_held.is_empty() => ("partial", self.not_held.join("; ")),
             (Some(_), Mode::Holding) => ("holding", String::new()),
             (Some(_), Mode::Open(cause)) => ("open", cause_text(cause).to_owned()),
         };
@@ -368,5 +435,6 @@ fn cause_text(cause: &Cause) -> &'static str {
         Cause::NotProtected => "the guest is not protected yet",
         Cause::ShadowsLost => "no shadow follows",
         Cause::TooOld => "commits took too long",
+        Cause::Unheard => "the agent stood still",
     }
 }

@@ -221,6 +221,7 @@ impl Session {
         let on_hold = self.watch.on_hold(now);
         if let Some(capturing) = &mut self.capturing {
             let stopped_since = self.watch.stopped_since;
+            capturing.cut_bound = self.output.cut_bound(self.context.watchdog);
             capturing.timers(now, on_hold, stopped_since);
         }
         if let Some(end) = self.after_step() {
@@ -293,7 +294,10 @@ impl Session {
                 let detail = "libvirt reports that QEMU failed".to_owned();
                 return Some(End::GuestEnded { how, detail });
             }
-            (Seen::Devices, Some(capturing)) => capturing.look_at_devices(),
+            (Seen::Devices, Some(capturing)) => {
+                self.output.follow_nics();
+                capturing.look_at_devices();
+            }
             (Seen::Stop { at_us }, Some(capturing)) => capturing.guest_stopped(at_us),
             (Seen::Resume { at_us }, Some(capturing)) => capturing.guest_resumed(at_us),
             _ => {}

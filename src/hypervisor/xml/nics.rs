@@ -9,6 +9,8 @@ pub struct OutputNic {
     pub mac: String,
     /// QEMU's name of the host's side.
     pub netdev: String,
+    /// The host's device, if it is one of its own.
+    pub device: Option<String>,
     /// Why its output cannot be held.
     pub refusal: Option<Refusal>,
 }
@@ -23,6 +25,7 @@ pub fn output_nics(xml: &str) -> Result<Vec<OutputNic>, XmlError> {
         let alias = attribute(element, &["alias"], "name").unwrap_or_default();
         let virtio = attribute(element, &["model"], "type").is_some_and(|model| model.starts_with("virtio"));
         let driver = attribute(element, &["driver"], "name");
+        let device = attribute(element, &["target"], "dev").map(str::to_owned);
         // Without a word about it libvirt takes vhost for virtio NICs of KVM guests where the kernel has it.
         let vhost = driver == Some("vhost") || virtio && on_kvm && driver != Some("qemu");
         let kind = element.attributes.get("type").map_or("", String::as_str);
@@ -40,7 +43,7 @@ pub fn output_nics(xml: &str) -> Result<Vec<OutputNic>, XmlError> {
             }),
             _ => None,
         };
-        OutputNic { mac, netdev: format!("host{alias}"), refusal }
+        OutputNic { mac, netdev: format!("host{alias}"), device, refusal }
     };
     Ok(children(devices, "interface").map(nic).collect())
 }

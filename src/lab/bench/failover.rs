@@ -11,7 +11,7 @@ use crate::lab::{ClientWatch, Lab, StartedGuest};
 
 const INTERVAL: Duration = Duration::from_millis(50);
 const HOSTS: u8 = 4;
-const GUEST: &str = "web";
+pub(super) const GUEST: &str = "web";
 const PROTECTED_WITHIN: Duration = Duration::from_secs(60);
 
 struct Stage {
@@ -34,13 +34,13 @@ fn stage(bench: &Bench) -> Result<Stage> {
 }
 
 /// When libvirt on any host said that the guest was started, by an event, as a client of libvirt sees it.
-struct Starts {
+pub(super) struct Starts {
     seen: Arc<Mutex<Vec<(String, Instant)>>>,
     _connections: Vec<Arc<Hypervisor>>,
 }
 
 impl Starts {
-    fn watch(lab: &Lab, hosts: impl Iterator<Item = String>) -> Result<Self> {
+    pub(super) fn watch(lab: &Lab, hosts: impl Iterator<Item = String>) -> Result<Self> {
         let failed = |error: HypervisorError| LabError::Product(format!("libvirt's events: {error}"));
         let seen: Arc<Mutex<Vec<(String, Instant)>>> = Arc::default();
         let connect = |host: String| {
@@ -61,7 +61,7 @@ impl Starts {
     }
 
     /// The first start after `moment` on a host other than `old`.
-    fn first_after(&self, moment: Instant, old: &str) -> Option<Instant> {
+    pub(super) fn first_after(&self, moment: Instant, old: &str) -> Option<Instant> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.iter().filter(|(host, at)| host != old && *at > moment).map(|(_, at)| *at).min()
     }

@@ -1,10 +1,11 @@
 //! What holding a guest's output costs its clients: ping, requests, bulk TCP; unprotected, with cuts alone, with the gate.
+//! Then, how long they hear nothing when a part of it fails.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row, answers_per_s, percentile};
+use super::{Bench, Row, answers_per_s, percentile, silence};
 use crate::api::types::{Consistency, ConsistencyMode};
 use crate::lab::client::GUEST_PORT;
 use crate::lab::error::{LabError, Result};
@@ -15,6 +16,7 @@ const INTERVAL: Duration = Duration::from_millis(50);
 const PINGS: usize = 300;
 const PING_EVERY: Duration = Duration::from_millis(10);
 const MEASURE_FOR: Duration = Duration::from_secs(5);
+const WATCH_EVERY: Duration = Duration::from_millis(5);
 const CONNECTIONS: usize = 50;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Asked for at a time.
@@ -55,6 +57,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     bench.say("with output-commit")?;
     let gated = measure(bench, &lab, &guest)?;
     let view = fleet.info("web")?;
+    let client = lab.watch(guest.ip, WATCH_EVERY)?;
     show(bench, &alone, &cuts, &gated);
     let output = view.capture.output;
     bench.print(&Row::new("frames waited in the gate, p50", output.hold_us.p50 as f64 / 1e3, "ms"));
@@ -63,7 +66,9 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let pause = view.capture.pause_us;
     let row = Row::new("pause of a cut, p50", pause.p50 as f64 / 1e3, "ms");
     bench.print(&row.beside("ms p99", pause.p99 as f64 / 1e3));
-    Ok(())
+    let stage = silence::Stage { lab: &lab, fleet: &fleet, guest: "web", client: &client };
+    silence::run(bench, &stage)?;
+    silence::after_power_cuts(bench, &stage, guest.ip)
 }
 
 fn show(bench: &Bench, alone: &Seen, cuts: &Seen, gated: &Seen) {

@@ -53,6 +53,15 @@ pub enum Cause {
     ShadowsLost,
     /// Frames waited longer than they may: the shadows, the network or this host are too slow.
     TooOld,
+    /// The gate heard nothing of its driver for too long.
+    Unheard,
+}
+
+impl Cause {
+    /// The gate opened by itself: it is closed again only after a while, and when commits come.
+    fn is_slowness(&self) -> bool {
+        matches!(self, Self::TooOld | Self::Unheard)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -164,8 +173,8 @@ impl Committer {
     }
 
     /// The gate opened by itself.
-    pub fn gate_opened(&mut self, now: Duration, effects: &mut Vec<Effect>) {
-        self.open(now, Cause::TooOld, effects);
+    pub fn gate_opened(&mut self, now: Duration, cause: Cause, effects: &mut Vec<Effect>) {
+        self.open(now, cause, effects);
     }
 
     /// The gate is another one now, and open.
@@ -181,7 +190,7 @@ impl Committer {
         if self.mode != Mode::Holding {
             return;
         }
-        if cause == Cause::TooOld {
+        if cause.is_slowness() {
             let forgiven = self.opened_at.is_none_or(|at| now > at + self.calm + FORGIVEN_AFTER);
             self.calm = if forgiven { CALM } else { (self.calm * 2).min(CALM_MAX) };
             self.close_at = now + self.calm;
@@ -213,7 +222,7 @@ impl Committer {
         let committed = |epoch: Epoch| peers.iter().filter(|peer| peer.committed >= Some(epoch)).count();
         if let Mode::Open(cause) = &self.mode {
             // What was cut since the gate opened has its commits: they come as they should.
-            let level = self.newest > self.opened_after || cause != &Cause::TooOld;
+            let level = self.newest > self.opened_after || !cause.is_slowness();
             let level = level && self.cuts.back().is_none_or(|(epoch, _)| committed(*epoch) >= needs);
             if following < needs || now < self.close_at || !level {
                 // Nothing waits: only the newest cut is of interest.
@@ -327,8 +336,9 @@ mod tests {
         let mut waited = Vec::new();
         for round in 0..7 {
             let mut effects = Vec::new();
-            case.committer.gate_opened(Duration::from_millis(case.now_ms), &mut effects);
-            assert_eq!(effects, [Effect::Open, Effect::Opened(Cause::TooOld)]);
+            let cause = if round % 2 == 0 { Cause::TooOld } else { Cause::Unheard };
+            case.committer.gate_opened(Duration::from_millis(case.now_ms), cause.clone(), &mut effects);
+            assert_eq!(effects, [Effect::Open, Effect::Opened(cause)]);
             let opened_ms = case.now_ms;
             case.cut(10 + round);
             // As long as what was cut meanwhile is not committed, it stays open.
@@ -346,7 +356,7 @@ mod tests {
         let short = Effect::Quorum { following: 1, needed: 2 };
         assert_eq!(case.look(0, &[peer("a", 1), peer("b", 1)]), [Effect::Hold, Effect::Closed]);
         assert_eq!(case.look(1, &[away("a", 1), peer("b", 1)]), std::slice::from_ref(&short));
-        case.committer.gate_opened(Duration::from_millis(2), &mut Vec::new());
+        case.committer.gate_opened(Duration::from_millis(2), Cause::TooOld, &mut Vec::new());
         case.cut(2);
         assert_eq!(case.look(999, &[peer("a", 1), peer("b", 2)]), []);
         assert_eq!(case.look(10, &[away("a", 1), peer("b", 2)]), [Effect::Hold, Effect::Closed, short]);

@@ -17,7 +17,7 @@ pub struct GateLimits {
 
 impl Default for GateLimits {
     fn default() -> Self {
-        Self { frames: 65_536, bytes: 64 << 20, age: Some(Duration::from_millis(200)) }
+        Self { frames: 65_536, bytes: 64 << 20, age: Some(Duration::from_millis(160)) }
     }
 }
 
@@ -202,6 +202,19 @@ mod tests {
         assert_eq!(gate.frame(ms(1), 0, 7, 60), Fate::Leaves(7));
         gate.mark(0, Mark::new(1));
         assert!(matches!(gate.frame(ms(1), 0, 8, 60), Fate::Waits { .. }));
+    }
+
+    #[test]
+    fn a_lane_that_begins_later_is_held_from_its_first_frame() {
+        let mut gate = Gate::new(2, GateLimits::default());
+        gate.hold();
+        gate.mark(0, Mark::new(7));
+        assert!(released(&mut gate, ms(1), 7).is_empty());
+        gate.mark(1, Mark::new(8));
+        assert!(matches!(gate.frame(ms(2), 1, 1, 60), Fate::Waits { .. }));
+        assert!(released(&mut gate, ms(3), 8).is_empty());
+        gate.mark(1, Mark::new(9));
+        assert_eq!(released(&mut gate, ms(4), 9), [1]);
     }
 
     #[test]
