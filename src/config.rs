@@ -112,6 +112,8 @@ pub struct ManagerConfig {
     pub topology: Option<PathBuf>,
     /// vCPUs that a processor may carry once shadows have been promoted.
     pub cpu_overcommit: u32,
+    /// How often the shadows of each guest are compared with it without anybody asking, hours; 0: never.
+    pub compare_hours: u64,
 }
 
 impl Default for Config {
@@ -171,6 +173,7 @@ impl Default for ManagerConfig {
             confirm_ms: 300,
             topology: None,
             cpu_overcommit: 16,
+            compare_hours: 24,
         }
     }
 }
@@ -239,6 +242,7 @@ impl Config {
         }
         range("manager.heartbeat_ms", self.manager.heartbeat_ms, 20, 10_000)?;
         range("manager.cpu_overcommit", self.manager.cpu_overcommit.into(), 1, 1_000)?;
+        range("manager.compare_hours", self.manager.compare_hours, 0, 8_760)?;
         range("manager.suspect_ms", self.manager.suspect_ms, 100, 60_000)?;
         if self.manager.suspect_ms < 2 * self.manager.heartbeat_ms {
             let least = 2 * self.manager.heartbeat_ms;

@@ -403,6 +403,7 @@ async fn a_topology_file_decides_and_a_bad_one_keeps_the_manager_from_starting()
         heartbeat_ms: 50,
         settings: Default::default(),
         topology: Some(dir.0.join("topology.toml")),
+        compare_every: Duration::ZERO,
         security: virt_shadow::transport::Security::Plain,
     };
     let error = virt_shadow::manager::Manager::start(options, shutdown).await.err().unwrap().to_string();
@@ -441,6 +442,20 @@ async fn a_topology_file_decides_and_a_bad_one_keeps_the_manager_from_starting()
         let (status, answer) = daemon.call("GET", path, Value::Null).await;
         assert!(status == 400 && answer["message"].as_str().unwrap().contains(words), "{path}: {answer}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shadows_are_compared_with_their_guest_without_anybody_asking() {
+    let (_dir, daemon, agents) = fleet("scrub").await;
+    protect(&daemon, 1).await;
+    let daemon = daemon.restart_comparing(Duration::from_millis(500)).await;
+    let began = Instant::now();
+    let compared = || agents[0].table().commands.iter().filter(|c| matches!(c, Command::Verify { .. })).count();
+    while compared() < 3 {
+        assert!(began.elapsed() < Duration::from_secs(30), "compared {} times", compared());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(daemon.get("/v1/guests/web").await["domain"], "web");
 }
 
 #[tokio::test(flavor = "multi_thread")]

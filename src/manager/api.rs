@@ -416,7 +416,7 @@ impl Manager {
         }
     }
 
-    async fn verify(&self, domain: &str) -> Result<Value, ApiError> {
+    pub(super) async fn verify(&self, domain: &str) -> Result<Value, ApiError> {
         let (id, host, state, reason) = self
             .with_guest(domain, |state, guest| {
                 let view = state.guest_view(guest);

@@ -20,6 +20,7 @@ mod core;
 mod links;
 mod planner;
 mod probe;
+mod scrub;
 mod session;
 mod store;
 #[cfg(test)]
@@ -61,6 +62,8 @@ pub struct Options {
     pub settings: Settings,
     /// Of the site; none: hosts tell their racks.
     pub topology: Option<PathBuf>,
+    /// How often each guest's shadows are compared with it; zero: only when asked for.
+    pub compare_every: Duration,
     pub security: Security,
 }
 
@@ -78,6 +81,7 @@ impl Options {
                 ..Settings::default()
             },
             topology: manager.topology.clone(),
+            compare_every: Duration::from_secs(manager.compare_hours * 3_600),
             security,
         }
     }
@@ -130,6 +134,9 @@ impl Manager {
             listens,
         };
         tokio::spawn(tick(manager.inputs.clone(), shutdown.clone()));
+        if !options.compare_every.is_zero() {
+            tokio::spawn(scrub::run(manager.clone(), options.compare_every, shutdown.clone()));
+        }
         tokio::spawn(session::accept(manager.clone(), listener, shutdown));
         tracing::info!(%listens, "manager: listening for agents");
         Ok(manager)

@@ -41,6 +41,11 @@ impl Daemon {
     }
 
     pub async fn start_as(dir: &Path, control: SocketAddr, security: Security) -> Self {
+        Self::start_comparing(dir, control, security, Duration::ZERO).await
+    }
+
+    /// Compares each guest's shadows with it so often.
+    pub async fn start_comparing(dir: &Path, control: SocketAddr, security: Security, compare_every: Duration) -> Self {
         std::fs::create_dir_all(dir).unwrap();
         let (stop, shutdown) = watch::channel(false);
         let settings = Settings {
@@ -53,7 +58,8 @@ impl Daemon {
         let file = dir.join("topology.toml");
         let topology = file.exists().then_some(file);
         let database = dir.join("manager.sqlite");
-        let options = Options { listen: control, database, heartbeat_ms: 50, settings, topology, security };
+        let options =
+            Options { listen: control, database, heartbeat_ms: 50, settings, topology, compare_every, security };
         let began = Instant::now();
         let manager = loop {
             // The last one may not have let go of the file yet.
@@ -76,6 +82,12 @@ impl Daemon {
         self.stop.send_replace(true);
         tokio::time::sleep(pause).await;
         Self::start(&self.dir, self.control).await
+    }
+
+    /// The same, with one that compares each guest's shadows with it so often.
+    pub async fn restart_comparing(self, every: Duration) -> Self {
+        self.stop.send_replace(true);
+        Self::start_comparing(&self.dir, self.control, Security::Plain, every).await
     }
 
     pub async fn get(&self, path: &str) -> Value {

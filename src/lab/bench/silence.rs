@@ -162,8 +162,10 @@ pub(super) fn after_power_cuts(bench: &Bench, stage: &Stage<'_>, ip: Ipv4Addr) -
             (cut, waits)
         });
         let (cut, waits) = (cut?, waits.map_err(failed("ask the guest"))?);
+        // By then the host is gone.
+        let dead = cut + Duration::from_millis(60);
         let silent = |what: &str| LabError::Product(format!("power cut {round}: {what}"));
-        let (asked, answered) = waits.iter().find(|(_, at)| *at > cut).copied().ok_or_else(|| silent("no answer"))?;
+        let (asked, answered) = waits.iter().find(|(_, at)| *at > dead).copied().ok_or_else(|| silent("no answer"))?;
         let started = starts.first_after(cut, &from).ok_or_else(|| silent("libvirt told of no start"))?;
         let new = stage
             .client
