@@ -90,8 +90,18 @@ pub struct Captured {
     /// Of that, finding the written pages, and copying them.
     pub scan: Duration,
     pub copy: Duration,
+    /// See [`GuestMemory::mappings_digest`]; of a moment when the guest stood still.
+    pub mappings: u64,
     /// In the guest's output, if somebody holds it.
     pub mark: Option<Mark>,
+}
+
+/// What stopping the guest brought; see [`Captured`].
+struct Stopped {
+    device_state: Vec<u8>,
+    at: Instant,
+    held: Duration,
+    mappings: u64,
 }
 
 /// QEMU's pipe: our read end, and the number of the descriptor by which QEMU opens its write end for each cut.
@@ -353,13 +363,13 @@ impl Cutter {
             Ok(())
         });
         self.copiers = copiers;
-        let (device_state, at, held) = outcome?;
+        let Stopped { device_state, at, held, mappings } = outcome?;
         self.carried.clear();
         let mut parts = parts.into_iter();
         let mut pages = parts.next().unwrap_or_default();
         parts.for_each(|part| pages.append(part));
         self.pages_hint = pages.len() + pages.len() / 4;
-        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mark })
+        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mappings, mark })
     }
 
     /// Finds the written pages without copying them: for when nobody can use a cut, or too much may have piled up.
@@ -373,18 +383,18 @@ impl Cutter {
             found?;
             Ok(on_disks?)
         });
-        let (_, at, _) = outcome?;
+        let at = outcome?.at;
         self.carried.clear();
         Ok((dirty, at))
     }
 
-    /// Runs `work` while the guest is stopped. Returns its device state, when it was seen stopped and for how long.
+    /// Runs `work` while the guest is stopped.
     /// `work` may call its last argument to let QEMU write a part more of its state.
     fn stopped(
         &mut self,
         bound: Duration,
         mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
-    ) -> Result<(Vec<u8>, Instant, Duration), CutError> {
+    ) -> Result<Stopped, CutError> {
         self.finish()?;
         self.pipe.empty().map_err(CutError::Pipe)?;
         self.guard.begin(self.slot, bound)?;
@@ -396,6 +406,7 @@ impl Cutter {
         self.unanswered = true;
         let mut worked = None;
         let mut began = None;
+        let mut mappings = None;
         let mut filled = 0;
         let mut closed = false;
         let mut state = Vec::with_capacity(self.state_bytes_hint);
@@ -414,6 +425,8 @@ impl Cutter {
                     worked = Some(work(&mut *self.tracker, &mut self.carried, &mut go_on));
                     filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
+                    // QEMU has the rest of its state to write, for longer than this takes.
+                    mappings = Some(self.memory.mappings_digest());
                 }
                 closed |= self.read_available(&mut state)? && !state.is_empty();
                 if closed && Ending::of(&state).is_some_and(|ending| self.ending == Some(ending)) {
@@ -437,7 +450,7 @@ impl Cutter {
             return Err(CutError::WatchdogFired(bound));
         }
         answer.transpose().map_err(CutError::Monitor)?;
-        let (Some(began), Some(worked)) = (began, worked) else {
+        let (Some(at), Some(worked), Some(mappings)) = (began, worked, mappings) else {
             return Err(CutError::DeviceState("QEMU answered without writing any".into()));
         };
         worked?;
@@ -453,7 +466,7 @@ impl Cutter {
         }
         self.ending = Ending::of(&state);
         self.state_bytes_hint = state.len() + 4096;
-        Ok((state, began, ended - began))
+        Ok(Stopped { device_state: state, at, held: ended - at, mappings: mappings? })
     }
 
     /// Waits for the answer to the last command, which may come well after its state: what is left to do of a cut.

@@ -4,9 +4,9 @@
 //! agent --- seqpacket socket --- guard (child of the agent, own process: a SIGSTOP of the agent does not stop it)
 //!   Watch{slot, pid} + read end  ->     keeps a copy of the read end of QEMU's pipe
 //!   Begin{slot, bound}      ->          from now on QEMU may stand still, waiting for a reader of that pipe; its
-//!                                       main thread, which writes to it, is preferred ([`super::priority`])
+//!                                       threads that take the order and write are preferred ([`super::priority`])
 //!   Check{slot}             ->  Ended{fired}: the state has been read whole, the guest is about to run
-//!   End{slot}               ->  Ended{fired}; the thread runs as others do again
+//!   End{slot}               ->  Ended{fired}; the threads run as others do again
 //!   Inject{pid, what}       ->  Injected + descriptor     (in a child of its own: a hung ptrace is killed)
 //! ```
 //! Outside a cut the guard reads every pipe empty: a command that reaches QEMU late, when nobody waits for it any
@@ -309,16 +309,29 @@ fn receive_with(socket: &OwnedFd, flags: MsgFlags) -> io::Result<(Message, Strin
     Ok((message, String::from_utf8_lossy(&bytes[16..length]).into_owned(), fd))
 }
 
-/// QEMU's main thread, whose number is that of the process.
+/// QEMU's threads that a cut waits for: the one that hears the monitor, and the main thread, whose number is that of the
+/// process. Both stay as long as the process.
 struct Writer {
-    pid: libc::pid_t,
-    /// Becomes readable when the process ends: its number may then be another's.
+    threads: Vec<libc::pid_t>,
+    /// Becomes readable when the process ends: its numbers may then be another's.
     process: Option<OwnedFd>,
+}
+
+/// What QEMU names its monitors' thread.
+const MONITOR_THREAD: &str = "IO mon_iothread";
+
+fn monitor_thread(pid: libc::pid_t) -> Option<libc::pid_t> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let named = |thread: &std::fs::DirEntry| {
+        std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == MONITOR_THREAD)
+    };
+    threads.flatten().find(named)?.file_name().to_str()?.parse().ok()
 }
 
 impl Writer {
     fn new(pid: libc::pid_t) -> Self {
-        let writer = Self { pid, process: pidfd_open(pid, 0).ok() };
+        let threads = [Some(pid), monitor_thread(pid)].into_iter().flatten().collect();
+        let writer = Self { threads, process: pidfd_open(pid, 0).ok() };
         // An agent that died in the middle of a cut together with its guard.
         writer.usual();
         writer
@@ -333,13 +346,13 @@ impl Writer {
 
     fn prefer(&self) {
         if self.runs() {
-            priority::prefer(self.pid);
+            self.threads.iter().copied().for_each(priority::prefer);
         }
     }
 
     fn usual(&self) {
         if self.runs() {
-            priority::usual(self.pid);
+            self.threads.iter().copied().for_each(priority::usual);
         }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -91,8 +92,13 @@ impl Stream {
     pub fn split(self, write_within: Option<Duration>) -> io::Result<(ReadHalf, WriteHalf, Closer)> {
         self.socket.set_write_timeout(write_within)?;
         let (reading, writing) = (self.socket.try_clone()?, self.socket.try_clone()?);
-        let reading =
-            ReadHalf { socket: reading, session: self.session.clone(), ciphertext: Vec::new(), taken: 0, ended: false };
+        let reading = ReadHalf {
+            socket: reading,
+            session: self.session.clone(),
+            ciphertext: Vec::new(),
+            unread: 0..0,
+            ended: false,
+        };
         let writing = WriteHalf { socket: writing, session: self.session, ciphertext: Vec::new() };
         Ok((reading, writing, Closer(self.socket)))
     }
@@ -105,9 +111,9 @@ fn lock(session: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
 pub struct ReadHalf {
     socket: TcpStream,
     session: Option<Arc<Mutex<Connection>>>,
-    /// Read from the socket; the session has had the first `taken` bytes.
     ciphertext: Vec<u8>,
-    taken: usize,
+    /// What the session has not had yet of what was read from the socket.
+    unread: Range<usize>,
     ended: bool,
 }
 
@@ -120,10 +126,9 @@ impl ReadHalf {
     /// Gets more from the socket.
     fn fill(&mut self) -> io::Result<()> {
         self.ciphertext.resize(CIPHERTEXT_BYTES, 0);
-        self.taken = 0;
-        let read = self.socket.read(&mut self.ciphertext);
-        self.ciphertext.truncate(*read.as_ref().unwrap_or(&0));
-        self.ended = read? == 0;
+        let read = self.socket.read(&mut self.ciphertext)?;
+        self.unread = 0..read;
+        self.ended = read == 0;
         Ok(())
     }
 }
@@ -137,10 +142,10 @@ impl Read for ReadHalf {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 outcome => return outcome,
             }
-            if self.taken < self.ciphertext.len() || self.ended {
+            if !self.unread.is_empty() || self.ended {
                 // With nothing left this tells the session of the end, which then tells a clean one from a cut.
-                let mut left = &self.ciphertext[self.taken..];
-                self.taken += held.read_tls(&mut left)?;
+                let mut left = &self.ciphertext[self.unread.clone()];
+                self.unread.start += held.read_tls(&mut left)?;
                 held.process_new_packets().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
                 continue;
             }

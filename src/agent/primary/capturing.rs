@@ -369,21 +369,14 @@ impl Capturing {
     }
 
     fn take_cut(&mut self, captured: Captured, epochs: &mut EpochNumbers) {
-        let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mark } = captured;
+        let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mappings, mark } = captured;
         tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
-        match self.memory.mappings_digest() {
-            Ok(digest) if digest != self.mappings => {
-                self.mappings = digest;
-                self.compare_devices();
-                if self.out.trouble.is_some() {
-                    return;
-                }
-            }
-            Ok(_) => {}
-            Err(error) => {
-                self.out.trouble = Some(error.to_string());
+        if mappings != self.mappings {
+            self.mappings = mappings;
+            self.compare_devices();
+            if self.out.trouble.is_some() {
                 return;
             }
         }
@@ -600,9 +593,9 @@ impl Capturing {
         std::mem::take(&mut self.cut_marks)
     }
 
-    /// The next cut is wanted by then, unless cuts fail.
+    /// The next cut is wanted by then, unless cuts fail. The one under way serves what waits already.
     pub(super) fn cut_by(&mut self, at: Instant) {
-        if self.failures == 0 && !self.paused {
+        if self.failures == 0 && !self.paused && self.cutting_since.is_none() {
             self.next_cut_at = self.next_cut_at.min(at);
         }
     }

@@ -1,7 +1,7 @@
 //! Connections of one protected guest to its shadows' hosts: one reader and one writer thread each, connecting
 //! again for as long as the shadow is wanted.
 
-use std::io::{Read, Write};
+use std::io::{BufWriter, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,6 +17,8 @@ use crate::transport::stream::{Closer, ReadHalf, Stream, WriteHalf};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_millis(1_000);
+/// More is not worth waiting for.
+const TOGETHER_BYTES: usize = 64 << 10;
 
 #[derive(Debug)]
 pub enum PeerEvent {
@@ -166,15 +168,36 @@ fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
     }
 }
 
-fn write_all(mut stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
+/// What an epoch is made of leaves together: each small write costs both hosts more than its bytes.
+fn write_all(stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
     let mut brisk = Brisk::this_thread();
-    while let Ok(bytes) = queued.recv() {
+    let mut stream = BufWriter::with_capacity(TOGETHER_BYTES, stream);
+    while let Ok(first) = queued.recv() {
         brisk.look();
-        if stream.write_all(&bytes).is_err() {
-            // The reader tells the reason; ending the socket makes it look.
-            stream.shutdown(Shutdown::Both);
-            return;
+        match write_with_more(&mut stream, first, queued) {
+            Ok(written) => sink(PeerEvent::Written(written)),
+            Err(_) => {
+                // The reader tells the reason; ending the socket makes it look. What is left unwritten stays so.
+                let (stream, _) = stream.into_parts();
+                return stream.shutdown(Shutdown::Both);
+            }
         }
-        sink(PeerEvent::Written(bytes.len() as u64));
     }
+}
+
+/// Writes these bytes, and what else is queued already; how many bytes that was.
+fn write_with_more(
+    stream: &mut BufWriter<WriteHalf>,
+    first: Arc<[u8]>,
+    queued: &Receiver<Arc<[u8]>>,
+) -> std::io::Result<u64> {
+    let mut written = 0;
+    let mut next = Some(first);
+    while let Some(bytes) = next {
+        stream.write_all(&bytes)?;
+        written += bytes.len();
+        next = if written < TOGETHER_BYTES { queued.try_recv().ok() } else { None };
+    }
+    stream.flush()?;
+    Ok(written as u64)
 }
