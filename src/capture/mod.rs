@@ -1,5 +1,6 @@
 //! The primary's side: which pages changed, the cut, and the reading of guest memory.
 
+pub mod advice;
 pub mod attach;
 pub mod companion;
 mod crew;

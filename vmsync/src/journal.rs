@@ -34,7 +34,7 @@ use crate::units::{Epoch, GuestUuid, Lineage, Term};
 use crate::wire::Chain;
 
 /// Version of the journal's layout.
-pub const JOURNAL_VERSION: u16 = 2;
+pub const JOURNAL_VERSION: u16 = 3;
 /// Length of the journal's header, bytes.
 pub const JOURNAL_HEADER_BYTES: u64 = 40;
 
@@ -398,8 +398,8 @@ mod tests {
         let smaller = RamLayout::new(vec![RamBlock { name: "pc.ram".into(), len_bytes: 4096 }]).unwrap();
         assert_eq!(scan(&bytes, GUEST, &smaller), Err(JournalError::OtherLayout));
         let mut newer = bytes.clone();
-        newer[4] = 3;
-        assert_eq!(scan(&newer, GUEST, &layout()), Err(JournalError::Version(3)));
+        newer[4] = 9;
+        assert_eq!(scan(&newer, GUEST, &layout()), Err(JournalError::Version(9)));
     }
 
     proptest! {

@@ -494,8 +494,8 @@ mod tests {
         let mut bytes = stream(&[SourceBody::Ping]);
         bytes[4] = 1;
         let error = first_error(&bytes[..6]);
-        assert_eq!(error, WireError::Version { ours: 2, theirs: 1 });
-        assert!(error.to_string().contains("this side speaks protocol 2, the other 1"));
+        assert_eq!(error, WireError::Version { ours: 3, theirs: 1 });
+        assert!(error.to_string().contains("this side speaks protocol 3, the other 1"));
         let wrong_way = stream(&[TargetBody::Pong]);
         assert_eq!(first_error(&wrong_way), WireError::UnknownKind(kind::PONG));
         let mut long = stream(&[SourceBody::Ping]);

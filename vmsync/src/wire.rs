@@ -26,7 +26,7 @@ use crate::layout::LayoutError;
 use crate::units::{Epoch, Term};
 
 /// Version of the sync protocol that this build speaks; both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 /// Bytes before the body of every message.
 pub const HEADER_BYTES: usize = 40;
 

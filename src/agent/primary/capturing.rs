@@ -29,6 +29,7 @@ use crate::agent::libvirt::LiveDomain;
 use crate::agent::stats::{Dirty, Pauses, PeakLags, Rate};
 use crate::api::control::PrimaryStatus;
 use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
+use crate::capture::advice::huge_pages;
 use crate::capture::attach::{AttachOptions, Attached, attach, detach, ram_layout};
 use crate::capture::cutter::{Captured, CutError};
 use crate::capture::memory::GuestMemory;
@@ -37,7 +38,7 @@ use crate::hypervisor::process::QemuProcess;
 use crate::hypervisor::{DomainState, PAUSED_UNKNOWN};
 
 /// Level of the pages' compression; the fastest that still shrinks well.
-const ZSTD_LEVEL: i32 = 1;
+const ZSTD_LEVEL: i32 = -1;
 /// A paused guest changes nothing; it is still looked at this often.
 const INTERVAL_WHILE_PAUSED: Duration = Duration::from_millis(1000);
 /// The tracker gets ready in many short pauses, this far apart.
@@ -135,7 +136,7 @@ impl Capturing {
         let Attached { mut cutter, process, layout, tracker_reason } =
             attach(&domain, &guard, call, Arc::clone(&disks), &options).map_err(|e| text(&e))?;
         let guest = GuestUuid::parse(&spec.uuid).ok_or_else(|| format!("{} is no UUID", spec.uuid))?;
-        let source = Source::new(SourceConfig {
+        let mut source = Source::new(SourceConfig {
             term: Term::new(spec.term),
             lineage: Lineage::new(random_u64()?),
             guest,
@@ -148,6 +149,7 @@ impl Capturing {
             limits: SourceLimits::default(),
         })
         .map_err(|e| text(&e))?;
+        source.set_mirror_advice(huge_pages);
         cutter.set_at_stop(session.output.at_stop());
         let memory = cutter.memory().clone();
         let mappings = memory.mappings_digest().map_err(|e| text(&e))?;

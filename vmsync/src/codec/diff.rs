@@ -22,6 +22,8 @@ const COARSE_GAP_BYTES: usize = 31;
 /// Changed bytes of a page from which on runs are coarse.
 const COARSE_FROM_BYTES: usize = 1024;
 
+const QUARTER_BYTES: usize = LINE_BYTES / 4;
+
 /// How a page compares with its previous contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Difference {
@@ -67,23 +69,26 @@ impl PatchRoom {
         }
         *sum = sum.wrapping_add(bring_up(old, new, lines));
         let limit = limit.min(PAGE_SIZE);
-        let changed = self.changed_bytes(lines);
-        let fine =
-            changed <= COARSE_FROM_BYTES && self.collect(new, lines, limit.min(COARSE_FROM_BYTES), MERGE_GAP_BYTES);
-        if fine || changed <= limit && limit > COARSE_FROM_BYTES && self.collect(new, lines, limit, COARSE_GAP_BYTES) {
-            Difference::Sparse
-        } else {
-            Difference::Dense
-        }
+        let (changed, touched) = self.extent(lines);
+        let fine = limit.min(COARSE_FROM_BYTES);
+        let collected = changed <= COARSE_FROM_BYTES && self.collect(new, lines, fine, MERGE_GAP_BYTES)
+            || touched <= limit && limit > COARSE_FROM_BYTES && self.collect(new, lines, limit, COARSE_GAP_BYTES);
+        if collected { Difference::Sparse } else { Difference::Dense }
     }
 
-    fn changed_bytes(&self, mut lines: u64) -> usize {
-        let mut bytes = 0;
+    /// Bytes that changed, and bytes of those quarters of lines that have any of them: about what coarse runs take.
+    fn extent(&self, mut lines: u64) -> (usize, usize) {
+        let (mut changed, mut quarters) = (0, 0);
         while lines != 0 {
-            bytes += self.masks[lines.trailing_zeros() as usize % LINES].count_ones();
+            let mask = self.masks[lines.trailing_zeros() as usize % LINES];
             lines &= lines - 1;
+            changed += mask.count_ones();
+            let two = mask | mask >> 1;
+            let four = two | two >> 2;
+            let eight = four | four >> 4;
+            quarters += ((eight | eight >> 8) & 0x0001_0001_0001_0001).count_ones();
         }
-        bytes as usize
+        (changed as usize, quarters as usize * QUARTER_BYTES)
     }
 
     /// Runs of the page that was collected last.
@@ -422,7 +427,9 @@ mod tests {
             match difference {
                 Difference::None => prop_assert_eq!(base, new),
                 Difference::Dense => {
-                    prop_assert!(naive_runs.len() + naive_data.len() > limit);
+                    let touched = base.chunks(QUARTER_BYTES).zip(new.chunks(QUARTER_BYTES)).filter(|(a, b)| a != b);
+                    let touched = touched.count() * QUARTER_BYTES;
+                    prop_assert!(naive_runs.len() + naive_data.len() > limit || touched > limit);
                 }
                 Difference::Sparse => {
                     let (mut runs, mut data) = (room.runs(), room.data());

@@ -11,7 +11,7 @@
 //! [`crate::source`]. [`Encoder::whole`] needs nothing on the other side.
 
 use super::diff::{Difference, PatchRoom};
-use super::mirror::{HeldAt, Mirror, MirrorBudget};
+use super::mirror::{Advise, HeldAt, Mirror, MirrorBudget};
 use super::simd;
 use super::sum::{fill_sum, page_sum, tag};
 use super::writer::FrameWriter;
@@ -20,7 +20,7 @@ use crate::layout::RamLayout;
 use crate::units::{Page, PageAddr};
 
 /// Longest patch, bytes before compression; a page that needs more goes whole, which spares its tags and runs.
-pub(super) const PATCH_LIMIT_BYTES: usize = 3584;
+pub(super) const PATCH_LIMIT_BYTES: usize = 2560;
 
 /// How many pages before it is coded a page is best [fetched](Encoder::fetch).
 pub const FETCH_AHEAD: usize = 3;
@@ -56,6 +56,7 @@ pub struct CodecStats {
 #[derive(Debug)]
 pub struct Encoder {
     mirror: Mirror,
+    advise: Advise,
     /// Hashes of previous contents that the mirror does not hold.
     hashes: HashTable,
     seed: HashSeed,
@@ -67,8 +68,10 @@ pub struct Encoder {
 impl Encoder {
     /// `level`: see [`set_level`](Self::set_level).
     pub fn new(layout: &RamLayout, budget: MirrorBudget, seed: HashSeed, level: i32) -> Self {
+        let advise: Advise = |_| {};
         Self {
-            mirror: Mirror::new(layout, budget),
+            mirror: Mirror::new(layout, budget, advise),
+            advise,
             hashes: HashTable::new(layout),
             seed,
             writer: FrameWriter::new(level),
@@ -82,9 +85,15 @@ impl Encoder {
         self.writer.set_level(level);
     }
 
+    /// Is given the memory of the mirror, piece by piece, before it is used; from the next [`set_mirror`](Self::set_mirror)
+    /// on.
+    pub fn set_advice(&mut self, advise: Advise) {
+        self.advise = advise;
+    }
+
     /// Starts over with an empty mirror.
     pub fn set_mirror(&mut self, budget: MirrorBudget) {
-        self.mirror = Mirror::new(self.hashes.layout(), budget);
+        self.mirror = Mirror::new(self.hashes.layout(), budget, self.advise);
     }
 
     /// Another cut begins: pages that were hot are a little less so.

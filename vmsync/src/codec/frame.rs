@@ -14,6 +14,9 @@
 //!     20    4d  of each patch: u16 tag of the page before it, u16 tag of the page after it
 //!  20+4d        addresses, runs, data: one after the other, encoded as one; at most 256 KiB before
 //!
+//! Whole pages have two more encodings, as words: 2 raw, 3 one zstd block. After their pages stand
+//!   u32 length of the indexes, u32 length of the literals; what is encoded is tags, indexes, literals: see `words`.
+//!
 //! address: varint value * 4 + kind
 //!   kind 0  page is zero          value: pages between it and the last address's (0: its neighbour)
 //!   kind 1  one word throughout   the same; the word is the next 8 bytes of the data
@@ -28,6 +31,7 @@ use zstd::bulk::Decompressor;
 
 use super::diff::{Patch, take_page_runs, take_varint};
 use super::sum::{KnownPages, Tag, fill_sum, page_sum, tag};
+use super::words;
 use crate::bytes::{Reader, Truncated};
 use crate::layout::RamLayout;
 use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr, PageIndex};
@@ -45,12 +49,15 @@ pub(super) const CHANGES: u8 = 1;
 pub(super) const WHOLE: u8 = 2;
 pub(super) const RAW: u8 = 0;
 pub(super) const ZSTD: u8 = 1;
+/// Of whole pages: they are coded as words, besides.
+pub(super) const WORDS: u8 = 2;
 pub(super) const CHANGES_HEAD_BYTES: usize = 20;
 pub(super) const TAGS_BYTES: usize = 4;
 pub(super) const KIND_ZERO: usize = 0;
 pub(super) const KIND_FILL: usize = 1;
 pub(super) const KIND_PATCH: usize = 2;
 pub(super) const KIND_BLOCK: usize = 3;
+pub(super) const ENTRY_BYTES: usize = 6;
 const ADDRESS_MAX_BYTES: usize = 5;
 
 /// Contents of a page in a frame.
@@ -116,6 +123,8 @@ pub enum FrameError {
     StreamLength(u64),
     #[error("page frame's {0} do not add up")]
     Changes(&'static str),
+    #[error("page frame's machine words do not add up")]
+    Words,
     #[error("page frame's data is not a zstd block: {0}")]
     Zstd(String),
 }
@@ -201,6 +210,8 @@ impl KnownPages {
 #[derive(Default)]
 pub struct FrameDecoder {
     decompressor: Option<Decompressor<'static>>,
+    /// Streams of words.
+    streams: Vec<u8>,
     spare: Vec<PagesFrame>,
 }
 
@@ -233,7 +244,6 @@ impl FrameDecoder {
         }
         let mut frame = self.spare.pop().unwrap_or_default();
         frame.entries.clear();
-        frame.bytes.clear();
         let decoded = if kind == CHANGES {
             self.changes(&mut reader, encoding, usize::from(pages), layout, &mut frame)
         } else {
@@ -248,6 +258,29 @@ impl FrameDecoder {
         }
     }
 
+    /// The same of bytes that are the frame's from now on: whole pages that are not encoded stay where they are.
+    pub fn decode_owned(&mut self, bytes: Vec<u8>, layout: &RamLayout) -> Result<PagesFrame, FrameError> {
+        if !bytes.starts_with(&[WHOLE, RAW]) {
+            return self.decode(&bytes, layout);
+        }
+        let mut reader = Reader::new(&bytes[2..]);
+        let pages = reader.u16()?;
+        if pages == 0 || usize::from(pages) > MAX_WHOLE_PAGES {
+            return Err(FrameError::PageCount { found: pages, max: MAX_WHOLE_PAGES });
+        }
+        let mut frame = self.spare.pop().unwrap_or_default();
+        frame.entries.clear();
+        // At most 64 pages.
+        let data_at = 4 + usize::from(pages) * ENTRY_BYTES;
+        whole_entries(&mut reader, usize::from(pages), data_at, layout, &mut frame.entries)?;
+        let (expected, found) = (usize::from(pages) * PAGE_SIZE, reader.rest().len());
+        if found != expected {
+            return Err(FrameError::DataLength { expected, found });
+        }
+        frame.bytes = bytes;
+        Ok(frame)
+    }
+
     fn whole(
         &mut self,
         reader: &mut Reader<'_>,
@@ -256,17 +289,23 @@ impl FrameDecoder {
         layout: &RamLayout,
         frame: &mut PagesFrame,
     ) -> Result<(), FrameError> {
-        frame.entries.reserve(pages);
-        for index in 0..pages {
-            let (page, block) = (PageIndex::new(reader.u32()?), BlockIndex::new(reader.u16()?));
-            let addr = PageAddr { block, page };
-            if !layout.contains(addr) {
-                return Err(FrameError::OutsideLayout(addr));
-            }
-            // At most 64 pages.
-            frame.entries.push(Entry { addr, content: Stored::Data { at: (index * PAGE_SIZE) as u32 } });
+        whole_entries(reader, pages, 0, layout, &mut frame.entries)?;
+        if encoding & WORDS == 0 {
+            return self.unpack(reader.rest(), encoding, pages * PAGE_SIZE, &mut frame.bytes);
         }
-        self.unpack(reader.rest(), encoding, pages * PAGE_SIZE, &mut frame.bytes)
+        let (indexes, literals) = (reader.u32()? as usize, reader.u32()? as usize);
+        if indexes > pages * words::INDEXES_PAGE_MAX || literals > pages * words::LITERALS_PAGE_MAX {
+            return Err(FrameError::Words);
+        }
+        let mut streams = std::mem::take(&mut self.streams);
+        let expected = pages * words::TAGS_PAGE_BYTES + indexes + literals;
+        let unpacked = self.unpack(reader.rest(), encoding & !WORDS, expected, &mut streams);
+        streams.extend_from_slice(&words::PADDING);
+        // What is there is written over.
+        frame.bytes.resize(pages * PAGE_SIZE, 0);
+        let read = words::read(frame.bytes.as_chunks_mut().0, &streams, indexes);
+        self.streams = streams;
+        unpacked.and(read.ok_or(FrameError::Words))
     }
 
     fn changes(
@@ -301,6 +340,7 @@ impl FrameDecoder {
     }
 
     fn unpack(&mut self, bytes: &[u8], encoding: u8, expected: usize, data: &mut Vec<u8>) -> Result<(), FrameError> {
+        data.clear();
         match encoding {
             RAW if bytes.len() != expected => return Err(FrameError::DataLength { expected, found: bytes.len() }),
             RAW => data.extend_from_slice(bytes),
@@ -324,6 +364,27 @@ impl FrameDecoder {
         decompressor.decompress_to_buffer(bytes, data).map_err(zstd_error)?;
         Ok(())
     }
+}
+
+/// Addresses of whole pages, whose contents stand from `data_at` on.
+fn whole_entries(
+    reader: &mut Reader<'_>,
+    pages: usize,
+    data_at: usize,
+    layout: &RamLayout,
+    entries: &mut Vec<Entry>,
+) -> Result<(), FrameError> {
+    entries.reserve(pages);
+    for index in 0..pages {
+        let (page, block) = (PageIndex::new(reader.u32()?), BlockIndex::new(reader.u16()?));
+        let addr = PageAddr { block, page };
+        if !layout.contains(addr) {
+            return Err(FrameError::OutsideLayout(addr));
+        }
+        // At most 64 pages.
+        entries.push(Entry { addr, content: Stored::Data { at: (data_at + index * PAGE_SIZE) as u32 } });
+    }
+    Ok(())
 }
 
 impl std::fmt::Debug for FrameDecoder {

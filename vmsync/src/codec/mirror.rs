@@ -24,7 +24,7 @@ const DECAY: [u32; HALF_LIFE_CUTS as usize] = [
 ];
 /// Slots looked at to find one to put out.
 const CANDIDATES: usize = 8;
-/// Pages that are allocated at once.
+/// Pages that are allocated at once: 16 MiB, of which the operating system may well make huge pages.
 const SLAB_PAGES: usize = 4096;
 
 /// Memory for previous contents.
@@ -44,14 +44,26 @@ impl Default for MirrorBudget {
     }
 }
 
+/// Is given memory that was just allocated and will be filled with pages, from its start on, and may tell the operating
+/// system about it. Only speed depends on it.
+pub type Advise = fn(&[u8]);
+
+/// Memory of so many pages.
+struct Slab {
+    /// Bytes, because only of these a zeroed vector costs no memory before it is written.
+    bytes: Vec<u8>,
+    /// Where the first page begins: vectors read and write lines of a cache, not parts of two.
+    start: usize,
+}
+
 /// See the module's description.
 pub(super) struct Mirror {
     layout: RamLayout,
     /// One [`Account`] a page.
     pages: Vec<u64>,
     slots: Vec<Slot>,
-    /// Bytes, because only of these a zeroed vector costs no memory before it is written.
-    slabs: Vec<Vec<u8>>,
+    slabs: Vec<Slab>,
+    advise: Advise,
     free: Vec<u32>,
     slots_max: usize,
     hand: usize,
@@ -113,7 +125,7 @@ impl Slot {
 }
 
 impl Mirror {
-    pub(super) fn new(layout: &RamLayout, budget: MirrorBudget) -> Self {
+    pub(super) fn new(layout: &RamLayout, budget: MirrorBudget, advise: Advise) -> Self {
         let total = layout.total_pages();
         let pages = match budget {
             MirrorBudget::Full => total,
@@ -125,6 +137,7 @@ impl Mirror {
             pages: vec![0; total],
             slots: Vec::new(),
             slabs: Vec::new(),
+            advise,
             free: Vec::new(),
             // The last page of the largest layout has no slot: its number means "free".
             slots_max: usize::try_from(pages).unwrap_or(usize::MAX).min(Slot::FREE as usize - 1),
@@ -163,7 +176,7 @@ impl Mirror {
     }
 
     pub(super) fn held(&mut self, HeldAt(slot): HeldAt) -> Held<'_> {
-        let page = &mut self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES];
+        let page = self.slabs[slot / SLAB_PAGES].page_mut(slot % SLAB_PAGES);
         Held { page, sum: &mut self.slots[slot].sum }
     }
 
@@ -180,7 +193,7 @@ impl Mirror {
         let Some(slot) = self.room_for(index, put_out) else { return false };
         // A page's number fits in 32 bits, or it would not be in a layout.
         self.slots[slot] = Slot { page: index as u32, stale: false, sum: sum() };
-        self.slabs[slot / SLAB_PAGES].as_chunks_mut().0[slot % SLAB_PAGES] = *page;
+        *self.slabs[slot / SLAB_PAGES].page_mut(slot % SLAB_PAGES) = *page;
         self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
         true
     }
@@ -235,7 +248,9 @@ impl Mirror {
             let slot = self.slots.len();
             if slot.is_multiple_of(SLAB_PAGES) {
                 let pages = SLAB_PAGES.min(self.slots_max - slot);
-                self.slabs.push(vec![0; pages * PAGE_SIZE]);
+                let slab = Slab::new(pages);
+                (self.advise)(&slab.bytes);
+                self.slabs.push(slab);
             }
             self.slots.push(Slot { page: Slot::FREE, stale: false, sum: 0 });
             return Some(slot);
@@ -275,8 +290,24 @@ impl Mirror {
     }
 }
 
-fn page_of(slabs: &[Vec<u8>], slot: usize) -> &Page {
-    &slabs[slot / SLAB_PAGES].as_chunks().0[slot % SLAB_PAGES]
+impl Slab {
+    fn new(pages: usize) -> Self {
+        let bytes = vec![0u8; (pages + 1) * PAGE_SIZE];
+        let start = bytes.as_ptr().align_offset(PAGE_SIZE).min(PAGE_SIZE);
+        Self { bytes, start }
+    }
+
+    fn page(&self, at: usize) -> &Page {
+        &self.bytes[self.start..].as_chunks().0[at]
+    }
+
+    fn page_mut(&mut self, at: usize) -> &mut Page {
+        &mut self.bytes[self.start..].as_chunks_mut().0[at]
+    }
+}
+
+fn page_of(slabs: &[Slab], slot: usize) -> &Page {
+    slabs[slot / SLAB_PAGES].page(slot % SLAB_PAGES)
 }
 
 impl std::fmt::Debug for Mirror {
@@ -299,7 +330,7 @@ mod tests {
     }
 
     fn mirror(pages: u64, room: u64) -> Mirror {
-        Mirror::new(&layout(pages), MirrorBudget::Bytes(room * 4096 + 4095))
+        Mirror::new(&layout(pages), MirrorBudget::Bytes(room * 4096 + 4095), |_| {})
     }
 
     fn dirty(mirror: &mut Mirror, page: u32) -> bool {
@@ -369,8 +400,8 @@ mod tests {
 
     #[test]
     fn budgets_are_kept() {
-        assert_eq!(Mirror::new(&layout(10), MirrorBudget::Full).capacity(), 10);
-        assert_eq!(Mirror::new(&layout(10), MirrorBudget::default()).capacity(), 10);
+        assert_eq!(Mirror::new(&layout(10), MirrorBudget::Full, |_| {}).capacity(), 10);
+        assert_eq!(Mirror::new(&layout(10), MirrorBudget::default(), |_| {}).capacity(), 10);
         let mut none = mirror(10, 0);
         assert!(!dirty(&mut none, 3) && !dirty(&mut none, 3));
         assert_eq!((none.len(), none.slabs.len()), (0, 0));

@@ -25,12 +25,13 @@ mod diff;
 mod noise;
 #[allow(unsafe_code)]
 mod simd;
+mod words;
 mod writer;
 
 pub use diff::Patch;
 pub use effort::{Effort, Pace};
 pub use encoder::{CodecStats, Encoder, FETCH_AHEAD, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
-pub use mirror::MirrorBudget;
+pub use mirror::{Advise, MirrorBudget};
 pub use sum::KnownPages;
 pub use undo::UndoEncoder;

@@ -4,20 +4,23 @@ use zstd::bulk::Compressor;
 
 use super::diff::{PatchRoom, put_varint};
 use super::frame::{
-    CHANGES, CHANGES_HEAD_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES, MAX_FRAME_BYTES,
-    MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, ZSTD,
+    CHANGES, CHANGES_HEAD_BYTES, ENTRY_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES,
+    MAX_FRAME_BYTES, MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, WORDS, ZSTD,
 };
 use super::noise::NoiseFilter;
 use super::sum::Tag;
+use super::words::{self, WordWriter};
 use crate::bytes::Put;
 use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 
 /// Level at which streams of changes are compressed. They are short, and the link may be long.
-const CHANGES_LEVEL: i32 = 1;
+const CHANGES_LEVEL: i32 = -1;
+/// What words are made of repeats less than what pages are; zstd gains little by looking closer.
+const WORDS_FASTER: i32 = 3;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
 const WHOLE_HEAD_BYTES: usize = 4;
-const ENTRY_BYTES: usize = 6;
+const WORDS_HEAD_BYTES: usize = 8;
 /// Most bytes that one page adds to a frame of changes, besides its patch: two addresses and a word.
 const PAGE_EXTRA_BYTES: usize = 18;
 
@@ -25,9 +28,11 @@ const PAGE_EXTRA_BYTES: usize = 18;
 pub(super) struct FrameWriter {
     changes: Changes,
     packed: Whole,
+    words: Words,
     plain: Plain,
     noise: NoiseFilter,
     packer: Option<Compressor<'static>>,
+    words_packer: Option<Compressor<'static>>,
     changes_packer: Option<Compressor<'static>>,
     scratch: Vec<u8>,
     frames: Vec<Vec<u8>>,
@@ -66,9 +71,11 @@ impl FrameWriter {
         let mut writer = Self {
             changes: Changes::default(),
             packed: Whole::default(),
+            words: Words::default(),
             plain: Plain::default(),
             noise: NoiseFilter::default(),
             packer: None,
+            words_packer: None,
             changes_packer: None,
             scratch: Vec::new(),
             frames: Vec::new(),
@@ -80,17 +87,13 @@ impl FrameWriter {
 
     /// Level of whole pages, as zstd counts: negative is faster; 0 turns all compression off.
     pub(super) fn set_level(&mut self, level: i32) {
-        // zstd only fails here for want of memory; frames then travel raw.
-        let packer = |level| if level == 0 { None } else { Compressor::new(level).ok() };
-        match &mut self.packer {
-            Some(packer) if level != 0 => drop(packer.set_compression_level(level)),
-            _ => self.packer = packer(level),
-        }
         if level == 0 {
-            self.changes_packer = None;
-        } else if self.changes_packer.is_none() {
-            self.changes_packer = packer(CHANGES_LEVEL);
+            (self.packer, self.words_packer, self.changes_packer) = (None, None, None);
+            return;
         }
+        set_packer(&mut self.packer, level);
+        set_packer(&mut self.words_packer, (level - WORDS_FASTER).min(-1));
+        set_packer(&mut self.changes_packer, CHANGES_LEVEL);
     }
 
     pub(super) fn zero(&mut self, addr: PageAddr) {
@@ -128,6 +131,11 @@ impl FrameWriter {
             if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
                 self.frames.push(self.plain.take());
             }
+        } else if words::suit(page) {
+            self.words.push(addr, page);
+            if usize::from(self.words.pages) == MAX_WHOLE_PAGES {
+                self.write_words();
+            }
         } else {
             self.packed.push(addr, page);
             if usize::from(self.packed.pages) == MAX_WHOLE_PAGES {
@@ -141,6 +149,7 @@ impl FrameWriter {
     pub(super) fn finish(&mut self) -> Vec<Vec<u8>> {
         self.write_changes();
         self.write_packed();
+        self.write_words();
         if self.plain.pages > 0 {
             self.frames.push(self.plain.take());
         }
@@ -197,6 +206,11 @@ impl FrameWriter {
         self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch, &mut self.spare));
     }
 
+    fn write_words(&mut self) {
+        let packer = self.words_packer.as_mut();
+        self.frames.extend(self.words.write(packer, &mut self.scratch, &mut self.spare));
+    }
+
     /// Compresses a page that was judged as noise, to learn from it.
     fn probe(&mut self, page: &Page) {
         self.scratch.clear();
@@ -204,6 +218,15 @@ impl FrameWriter {
         if let Some(Ok(packed)) = self.packer.as_mut().map(|p| p.compress_to_buffer(page, &mut self.scratch)) {
             self.noise.probed(PAGE_SIZE, packed);
         }
+    }
+}
+
+/// Has it pack at this level, which is not 0.
+fn set_packer(packer: &mut Option<Compressor<'static>>, level: i32) {
+    match packer {
+        Some(packer) => drop(packer.set_compression_level(level)),
+        // zstd only fails here for want of memory; frames then travel raw.
+        none => *none = Compressor::new(level).ok(),
     }
 }
 
@@ -257,8 +280,7 @@ impl Changes {
 
 impl Whole {
     fn push(&mut self, addr: PageAddr, page: &Page) {
-        self.entries.put_u32(addr.page.get());
-        self.entries.put_u16(addr.block.get());
+        put_entry(&mut self.entries, addr);
         self.data.extend_from_slice(page);
         self.pages += 1;
     }
@@ -282,6 +304,55 @@ impl Whole {
         self.data.clear();
         Some(out)
     }
+}
+
+/// Whole pages coded as words.
+#[derive(Default)]
+struct Words {
+    pages: u16,
+    entries: Vec<u8>,
+    writer: WordWriter,
+    streams: Vec<u8>,
+}
+
+impl Words {
+    fn push(&mut self, addr: PageAddr, page: &Page) {
+        put_entry(&mut self.entries, addr);
+        self.writer.push(page);
+        self.pages += 1;
+    }
+
+    fn write(
+        &mut self,
+        packer: Option<&mut Compressor<'static>>,
+        scratch: &mut Vec<u8>,
+        spare: &mut Spare,
+    ) -> Option<Vec<u8>> {
+        if self.pages == 0 {
+            return None;
+        }
+        let mut out = spare.take(WHOLE_HEAD_BYTES + self.entries.len() + WORDS_HEAD_BYTES);
+        out.extend_from_slice(&[WHOLE, RAW]);
+        out.put_u16(self.pages);
+        out.extend_from_slice(&self.entries);
+        let streams = self.writer.streams();
+        // Of 64 pages, some 300 KiB.
+        out.put_u32(streams[1].len() as u32);
+        out.put_u32(streams[2].len() as u32);
+        streams.iter().for_each(|stream| self.streams.extend_from_slice(stream));
+        append(&mut out, &self.streams, packer, scratch);
+        out[1] |= WORDS;
+        self.pages = 0;
+        self.entries.clear();
+        self.writer.clear();
+        self.streams.clear();
+        Some(out)
+    }
+}
+
+fn put_entry(entries: &mut Vec<u8>, addr: PageAddr) {
+    entries.put_u32(addr.page.get());
+    entries.put_u16(addr.block.get());
 }
 
 /// Whole pages that are not compressed: the frame is made in place, with room for the entries of a full one.

@@ -42,7 +42,7 @@ pub use verify::{NotCompared, PeerVerdict, VerifyReport};
 pub use view::{PeerState, PeerView, SourceTotals};
 
 use crate::batch::PageBatch;
-use crate::codec::{CodecStats, Effort, Encoder, MirrorBudget, Pace};
+use crate::codec::{Advise, CodecStats, Effort, Encoder, MirrorBudget, Pace};
 use crate::device_state::DeviceState;
 use crate::device_state::MAX_DEVICE_STATE_BYTES;
 use crate::hashes::HashSeed;
@@ -385,6 +385,12 @@ impl Source {
     /// The last epoch that was cut with contents.
     pub fn last_epoch(&self) -> Epoch {
         self.last_epoch
+    }
+
+    /// The mirror's memory is told about before it is used. What was held is forgotten: best before the first cut.
+    pub fn set_mirror_advice(&mut self, advise: Advise) {
+        self.encoder.set_advice(advise);
+        self.encoder.set_mirror(self.config.mirror);
     }
 
     /// Other memory for previous contents from now on. What it held is forgotten: pages go whole once.

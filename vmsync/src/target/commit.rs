@@ -13,22 +13,29 @@ use crate::units::Epoch;
 use crate::wire::Chain;
 
 impl Target {
-    pub(super) fn pages(&mut self, checksum: u64, bytes: &[u8], effects: &mut Vec<TargetEffect>) -> Result<(), Breach> {
+    pub(super) fn pages(
+        &mut self,
+        checksum: u64,
+        bytes: Vec<u8>,
+        effects: &mut Vec<TargetEffect>,
+    ) -> Result<(), Breach> {
         let (Some(session), Some(image)) = (&mut self.session, &mut self.image) else { return Ok(()) };
         if matches!(session.hashing, Some(Hashing { epoch: Epoch::NONE, .. })) {
             return Err("pages before the hashes that were asked for".into());
         }
-        let frame = self.decoder.decode(bytes, &image.layout).map_err(|error| error.to_string())?;
+        let len = bytes.len() as u64;
+        // Should the frame be refused, so is all that came since the last commit.
+        let record = image.committed.is_some().then(|| self.journal.records.pages(&bytes));
+        let frame = self.decoder.decode_owned(bytes, &image.layout).map_err(|error| error.to_string())?;
         image.known.accept(&frame).map_err(|error| Breach::out_of_step(&error))?;
         session.chain.add(checksum);
-        if image.committed.is_none() {
+        let Some(record) = record else {
             image.zero = false;
             effects.push(TargetEffect::Apply(Arc::new(frame)));
             return Ok(());
-        }
-        session.staged.bytes += frame.memory_bytes().max(bytes.len() as u64);
+        };
+        session.staged.bytes += frame.memory_bytes().max(len);
         session.staged.frames.push(frame);
-        let record = self.journal.records.pages(bytes);
         self.append_journal(record, false, effects);
         self.bound_staging(effects);
         Ok(())

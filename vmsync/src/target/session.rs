@@ -98,7 +98,7 @@ impl Target {
         effects: &mut Vec<TargetEffect>,
     ) -> Result<(), Breach> {
         match body {
-            SourceBody::Pages(bytes) => self.pages(checksum, &bytes, effects),
+            SourceBody::Pages(bytes) => self.pages(checksum, bytes, effects),
             SourceBody::DeviceState(bytes) => self.device_state(checksum, &bytes, effects),
             SourceBody::Commit(chain) => self.commit(epoch, chain, effects),
             SourceBody::HashRequest { seed } => self.hash_request(seed, effects),

@@ -46,6 +46,9 @@ pub fn frames(layout: &RamLayout) -> Vec<Vec<u8>> {
             }
             encoder.whole(PageAddr::new(0, 29), &[round as u8; PAGE_SIZE]);
             encoder.whole(PageAddr::new(0, 28), &std::array::from_fn(|i| (i / 100) as u8));
+            // As words.
+            encoder
+                .whole(PageAddr::new(0, 27), &std::array::from_fn(|i| if i % 8 < 3 { (i * 7 / 9) as u8 } else { 0 }));
             frames.extend(encoder.finish());
         }
     }
@@ -76,7 +79,7 @@ pub fn mutate(bytes: &mut Vec<u8>, random: &mut Random, others: &[Vec<u8>]) {
 
 /// Frames of `fixtures/vmsync/frames`, each with what the decoder says to it.
 pub fn stored() -> Vec<(String, Vec<u8>, String)> {
-    let listed = include_str!("../../../fixtures/vmsync/frames-2.txt");
+    let listed = include_str!("../../../fixtures/vmsync/frames-3.txt");
     let entry = |line: &str| {
         let mut parts = line.splitn(3, '\t');
         let mut next = || parts.next().unwrap_or_default().to_owned();

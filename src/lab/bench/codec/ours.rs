@@ -8,11 +8,14 @@ use vmsync::{PAGE_SIZE, Page, PageAddr, RamLayout};
 
 use super::recording::{Recording, staged};
 use super::{Measured, cpu_s};
+use crate::capture::advice::huge_pages;
 
 /// Codes all epochs, decodes and applies them, and compares what came out.
 pub(super) fn pass(recording: &Recording, budget: MirrorBudget, level: i32) -> Measured {
     let mut measured = Measured::NOTHING;
     let mut encoder = Encoder::new(&recording.layout, budget, HashSeed::new(7), level);
+    encoder.set_advice(huge_pages);
+    encoder.set_mirror(budget);
     let mut shadow = Shadow::new(recording);
     let mut buffer = Vec::new();
     for (i, epoch) in recording.epochs.iter().enumerate() {
@@ -27,7 +30,9 @@ pub(super) fn pass(recording: &Recording, budget: MirrorBudget, level: i32) -> M
             }
             frames = encoder.finish();
         });
-        let decode_s = cpu_s(|| shadow.receive(&frames));
+        // As they came off a connection.
+        let received = frames.clone();
+        let decode_s = cpu_s(|| shadow.receive(received));
         buffer = pages.into_parts().1;
         if i > 0 {
             measured.encode_s += encode_s;
@@ -56,10 +61,10 @@ impl Shadow {
         Self { layout, memory: recording.memory(), known, decoder: FrameDecoder::new() }
     }
 
-    fn receive(&mut self, frames: &[Vec<u8>]) {
+    fn receive(&mut self, frames: Vec<Vec<u8>>) {
         let memory = self.memory.as_chunks_mut::<PAGE_SIZE>().0;
         for bytes in frames {
-            let frame = self.decoder.decode(bytes, &self.layout).expect("own frame");
+            let frame = self.decoder.decode_owned(bytes, &self.layout).expect("own frame");
             self.known.accept(&frame).expect("in step");
             for (addr, content) in frame.iter() {
                 let page = &mut memory[self.layout.linear(addr).expect("checked") as usize];
