@@ -15,8 +15,8 @@ use super::hole;
 const LISTED_MAX: usize = 1 << 16;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// See the module's description. A write is in the file before its pages count as written, and both before it is
-/// answered: whoever sees a page as written reads the new contents.
+/// See the module's description. A write is in the file before its pages count as written: whoever sees a page as
+/// written reads the new contents.
 #[derive(Debug)]
 pub struct DiskCopy {
     file: File,

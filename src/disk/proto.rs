@@ -218,6 +218,11 @@ impl Request {
         }
     }
 
+    /// Whether it changes the export.
+    pub fn changes(&self) -> bool {
+        matches!(self.command, Command::Write | Command::Trim | Command::WriteZeroes)
+    }
+
     /// The reply's head; the data of a READ follow it.
     pub fn reply(&self, error: Option<Errno>) -> [u8; 16] {
         let mut out = [0; 16];

@@ -5,6 +5,10 @@
 //! ```
 //! Only the QEMU of the guest may connect. The thread reads one request at a time and nothing ahead, so that what waits
 //! in the socket is what nobody works on (see [`super::line`]).
+//!
+//! A write is answered before it is made: the guest waits for the answer, and nobody has a use for the copy before the next
+//! cut, which waits until it is made ([`Server::is_settled`]). One that fails then ends the mirror, as if it had been
+//! refused, before any cut can take the copy for whole.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -13,14 +17,20 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials};
 
 use super::copy::DiskCopy;
+use super::line::waiting_bytes;
 use super::proto::{self, Command, Errno, Negotiated, Request};
 use crate::capture::guard::{Guard, Slot};
+
+/// How long a cut waits for a write that was answered. None should be left by then: QEMU flushes when it stops the guest, and
+/// a flush comes after the writes before it.
+const SETTLED_WITHIN: Duration = Duration::from_millis(200);
 
 /// State of a server's only connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +55,9 @@ struct Shared {
     /// What the guard looks at; see [`super::line`].
     progress: File,
     counted: Mutex<u64>,
+    /// A write was answered and is not made yet.
+    owed: Mutex<bool>,
+    paid: Condvar,
     guard: Mutex<Arc<Guard>>,
 }
 
@@ -75,6 +88,8 @@ impl Server {
             connection: Mutex::new(None),
             progress: File::from(memfd_create(c"virt-shadow-progress", MFdFlags::MFD_CLOEXEC)?),
             counted: Mutex::new(0),
+            owed: Mutex::new(false),
+            paid: Condvar::new(),
             guard: Mutex::new(guard),
         });
         shared.count()?;
@@ -95,6 +110,9 @@ impl Server {
     /// Whether every write that QEMU was told to be done is in the copy, and QEMU has no reason to have stopped mirroring:
     /// asked while the guest is stopped.
     pub fn is_settled(&self) -> bool {
+        if !self.shared.wait_paid(SETTLED_WITHIN) {
+            return false;
+        }
         if *lock(&self.shared.state) != State::Serving || *lock(&self.shared.counted) % 2 == 1 {
             return false;
         }
@@ -128,6 +146,29 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Waits for a request's head and leaves it in the socket.
+fn peek_head(socket: &UnixStream) -> io::Result<[u8; proto::REQUEST_BYTES]> {
+    let mut head = [0; proto::REQUEST_BYTES];
+    loop {
+        match recv(socket.as_raw_fd(), &mut head, MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL) {
+            Ok(peeked) if peeked == head.len() => return Ok(head),
+            // A signal, in the middle of it too, or the end.
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) if waiting_bytes(socket)? < head.len() && is_at_end(socket) => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn is_at_end(socket: &UnixStream) -> bool {
+    let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one live element; returns at once.
+    unsafe { libc::poll(&mut polled, 1, 0) != 0 }
+}
+
 impl Shared {
     fn end(&self, reason: String) {
         {
@@ -153,6 +194,18 @@ impl Shared {
         let mut counted = lock(&self.counted);
         *counted += 1;
         self.progress.write_all_at(&counted.to_ne_bytes(), 0)
+    }
+
+    fn set_owed(&self, owed: bool) {
+        *lock(&self.owed) = owed;
+        if !owed {
+            self.paid.notify_all();
+        }
+    }
+
+    fn wait_paid(&self, within: Duration) -> bool {
+        let waited = self.paid.wait_timeout_while(lock(&self.owed), within, |owed| *owed);
+        !*waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn accept(&self, listener: &UnixListener, allowed: impl Fn(i32) -> bool) -> io::Result<UnixStream> {
@@ -194,18 +247,28 @@ impl Shared {
         }
         let mut buffer = Vec::new();
         loop {
-            let mut head = [0; proto::REQUEST_BYTES];
-            socket.read_exact(&mut head)?;
+            let head = peek_head(&socket)?;
             let request = proto::request(&head).map_err(io::Error::other)?;
             if request.command == Command::Disconnect {
                 return Ok(());
             }
-            buffer.clear();
-            if request.command == Command::Write {
-                buffer.resize(request.len as usize, 0);
-                socket.read_exact(&mut buffer)?;
-            }
+            // Begun before it is taken from the socket: at no moment is it neither waiting nor under way.
             self.count()?;
+            let payload = if request.command == Command::Write { request.len as usize } else { 0 };
+            buffer.resize(head.len() + payload, 0);
+            socket.read_exact(&mut buffer)?;
+            if request.changes() && request.refusal(self.copy.len()).is_none() {
+                self.set_owed(true);
+                socket.write_all(&request.reply(None))?;
+                self.count()?;
+                let made = self.perform(&request, &mut buffer);
+                if let Err((_, reason)) = &made {
+                    self.end_serving(reason.clone());
+                }
+                self.set_owed(false);
+                made.map_err(|(_, reason)| io::Error::other(reason))?;
+                continue;
+            }
             let outcome = self.perform(&request, &mut buffer);
             self.count()?;
             // The job ends with the first error: say why before QEMU knows, so that no cut takes the copy for whole.
@@ -215,7 +278,7 @@ impl Shared {
             }
             socket.write_all(&request.reply(None))?;
             if request.command == Command::Read {
-                socket.write_all(&buffer)?;
+                socket.write_all(&buffer[head.len()..])?;
             }
         }
     }
@@ -245,16 +308,17 @@ impl Shared {
         Err(io::Error::other("too many options"))
     }
 
+    /// `buffer`: the request's head, then what is to be written; or what was read.
     fn perform(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), (Errno, String)> {
         if let Some(errno) = request.refusal(self.copy.len()) {
             return Err((errno, format!("QEMU asked for something it may not: {request:?}")));
         }
         let done = match request.command {
             Command::Read => {
-                buffer.resize(request.len as usize, 0);
-                self.copy.read(request.offset, buffer)
+                buffer.resize(proto::REQUEST_BYTES + request.len as usize, 0);
+                self.copy.read(request.offset, &mut buffer[proto::REQUEST_BYTES..])
             }
-            Command::Write => self.copy.write(request.offset, buffer),
+            Command::Write => self.copy.write(request.offset, &buffer[proto::REQUEST_BYTES..]),
             Command::Trim | Command::WriteZeroes => self.copy.zero(request.offset, request.len.into()),
             // A copy here is worth nothing after a power cut: nothing of it needs to be flushed.
             Command::Flush | Command::Disconnect | Command::Other(_) => Ok(()),

@@ -8,6 +8,7 @@ mod disk;
 mod failover;
 mod output;
 mod pause;
+mod qemu_mirror;
 mod silence;
 mod workloads;
 

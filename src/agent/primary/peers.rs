@@ -41,6 +41,8 @@ pub struct PeerLink {
 
 struct Shared {
     wanted: AtomicBool,
+    /// Somebody waits for what passes: see [`Brisk`].
+    hurries: Arc<AtomicBool>,
     connection: Mutex<Option<Connection>>,
 }
 
@@ -50,8 +52,14 @@ struct Connection {
 }
 
 impl PeerLink {
-    pub fn start(security: &Security, host: &str, addr: SocketAddr, sink: PeerSink) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { wanted: AtomicBool::new(true), connection: Mutex::new(None) });
+    pub fn start(
+        security: &Security,
+        host: &str,
+        addr: SocketAddr,
+        hurries: Arc<AtomicBool>,
+        sink: PeerSink,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { wanted: AtomicBool::new(true), hurries, connection: Mutex::new(None) });
         let (of_thread, host, security) = (Arc::clone(&shared), host.to_owned(), security.clone());
         std::thread::Builder::new()
             .name(format!("peer-{host}"))
@@ -124,16 +132,16 @@ fn run_connection(shared: &Arc<Shared>, stream: Stream, sink: &PeerSink) -> Stri
         Err(error) => return format!("cannot use the connection: {error}"),
     };
     let (outgoing, queued) = channel();
-    let writer_sink = Arc::clone(sink);
+    let (writer_sink, hurries) = (Arc::clone(sink), Arc::clone(&shared.hurries));
     let writer = std::thread::Builder::new().name("peer-writer".into()).spawn(move || {
-        write_all(writing, &queued, &writer_sink);
+        write_all(writing, &queued, &hurries, &writer_sink);
     });
     let Ok(writer) = writer else { return "cannot start a thread".into() };
     *shared.connection() = Some(Connection { closer, outgoing });
     if shared.wanted() {
         sink(PeerEvent::Connected);
     }
-    let reason = read_all(reading, sink);
+    let reason = read_all(reading, &shared.hurries, sink);
     // Dropping the queue's sender ends the writer; shutting the socket down ends a write that waits.
     if let Some(connection) = shared.connection().take() {
         connection.closer.shutdown(Shutdown::Both);
@@ -142,12 +150,12 @@ fn run_connection(shared: &Arc<Shared>, stream: Stream, sink: &PeerSink) -> Stri
     reason
 }
 
-fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
+fn read_all(mut stream: ReadHalf, hurries: &AtomicBool, sink: &PeerSink) -> String {
     let mut decoder = Decoder::<TargetBody>::new();
     let mut buffer = vec![0u8; 64 << 10];
     let mut brisk = Brisk::this_thread();
     loop {
-        brisk.look();
+        brisk.look(hurries.load(Ordering::Relaxed));
         match stream.read(&mut buffer) {
             Ok(0) => return "the connection was closed".into(),
             Ok(read) => decoder.push(&buffer[..read]),
@@ -169,11 +177,11 @@ fn read_all(mut stream: ReadHalf, sink: &PeerSink) -> String {
 }
 
 /// What an epoch is made of leaves together: each small write costs both hosts more than its bytes.
-fn write_all(stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, sink: &PeerSink) {
+fn write_all(stream: WriteHalf, queued: &Receiver<Arc<[u8]>>, hurries: &AtomicBool, sink: &PeerSink) {
     let mut brisk = Brisk::this_thread();
     let mut stream = BufWriter::with_capacity(TOGETHER_BYTES, stream);
     while let Ok(first) = queued.recv() {
-        brisk.look();
+        brisk.look(hurries.load(Ordering::Relaxed));
         match write_with_more(&mut stream, first, queued) {
             Ok(written) => sink(PeerEvent::Written(written)),
             Err(_) => {

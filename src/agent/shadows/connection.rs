@@ -99,9 +99,9 @@ pub(super) fn serve(shadows: &Arc<Shadows>, socket: TcpStream, from: SocketAddr,
 }
 
 fn write_all(mut stream: WriteHalf, received: &Receiver<Arc<[u8]>>, waiting: &AtomicUsize) {
-    let mut brisk = Brisk::this_thread();
+    let mut brisk = Brisk::for_all_there_is();
     while let Ok(bytes) = received.recv() {
-        brisk.look();
+        brisk.look(true);
         waiting.fetch_sub(1, Ordering::Relaxed);
         if stream.write_all(&bytes).is_err() {
             break;
@@ -124,7 +124,7 @@ fn read_all(
     let mut answers = Some(answers);
     let greeted_by = Instant::now() + HELLO_WITHIN;
     let _ = stream.set_timeout(Some(HELLO_WITHIN));
-    let mut brisk = Brisk::this_thread();
+    let mut brisk = Brisk::for_all_there_is();
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return slot,
@@ -133,7 +133,7 @@ fn read_all(
             Err(_) => return slot,
         }
         loop {
-            brisk.look();
+            brisk.look(true);
             match (decoder.next(), &slot) {
                 (Ok(Some(message)), Some(slot)) => slot.received(conn, message),
                 (Ok(Some(message)), None) => {

@@ -244,7 +244,7 @@ fn resident_mib(pid: i32) -> Result<f64> {
 }
 
 /// Processor time of all threads of a process so far, seconds.
-fn cpu_s(pid: i32) -> Result<f64> {
+pub(super) fn cpu_s(pid: i32) -> Result<f64> {
     let path = format!("/proc/{pid}/stat");
     let text = std::fs::read_to_string(&path).map_err(LabError::io("read", path.as_ref()))?;
     cpu_s_in(&text).ok_or_else(|| LabError::Corrupt { path: path.into(), reason: "no times in it".into() })
