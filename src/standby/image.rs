@@ -10,6 +10,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::unistd::{Whence, lseek64};
@@ -150,16 +151,26 @@ impl Image {
 
     /// Writes the pages of a frame, in its order.
     pub fn apply(&mut self, frame: &PagesFrame) -> Result<()> {
-        frame.iter().try_for_each(|(addr, content)| match content {
-            PageContent::Zero | PageContent::Fill(0) => self.zero_page(addr),
-            PageContent::Data(page) => self.write_page(addr, page),
-            PageContent::Patch(patch) => self.patch_page(addr, patch),
-            PageContent::Fill(_) => {
-                let mut page = ZERO_PAGE;
-                content.apply(&mut page);
-                self.write_page(addr, &page)
+        frame.writes().try_for_each(|(addr, content, soon)| {
+            soon.into_iter().for_each(|(addr, part)| self.fetch(addr, part));
+            match content {
+                PageContent::Zero | PageContent::Fill(0) => self.zero_page(addr),
+                PageContent::Data(page) => self.write_page(addr, page),
+                PageContent::Patch(patch) => self.patch_page(addr, patch),
+                PageContent::Fill(_) => {
+                    let mut page = ZERO_PAGE;
+                    content.apply(&mut page);
+                    self.write_page(addr, &page)
+                }
             }
         })
+    }
+
+    /// A part of a page will be written soon.
+    fn fetch(&self, addr: PageAddr, part: Range<usize>) {
+        if let Some(Block { backing: Backing::Shared(shared), .. }) = self.blocks.get(addr.block.as_usize()) {
+            shared.mapping.fetch(addr.page.byte_offset() + part.start as u64, part.len());
+        }
     }
 
     /// Writes changes into a page.

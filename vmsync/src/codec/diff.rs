@@ -251,7 +251,15 @@ pub(super) fn put_varint(out: &mut Vec<u8>, mut value: usize) {
 }
 
 /// Reads a value in its shortest form and at most `max_bytes` (5 or less).
+#[inline]
 pub(super) fn take_varint(bytes: &mut &[u8], max_bytes: usize) -> Option<usize> {
+    // Most are of one byte.
+    if max_bytes > 0
+        && let [value @ ..0x80, rest @ ..] = *bytes
+    {
+        *bytes = rest;
+        return Some(usize::from(*value));
+    }
     let mut value = 0;
     for (i, byte) in bytes.iter().take(max_bytes).enumerate() {
         value |= usize::from(*byte & 0x7f) << (7 * i);
@@ -336,6 +344,11 @@ impl<'a> Patch<'a> {
             at = offset + len;
             Some((offset, bytes))
         })
+    }
+
+    /// Where the first change is.
+    pub(super) fn start(&self) -> usize {
+        self.runs().next().map_or(0, |(offset, _)| offset)
     }
 
     /// Writes the changes into the previous contents.

@@ -27,6 +27,8 @@
 //! before the first compressed byte. Small things of a kind lie together, which zstd likes; tags, which it cannot
 //! shrink, stay outside. Later contents of a page override earlier ones.
 
+use std::ops::Range;
+
 use zstd::bulk::Decompressor;
 
 use super::diff::{Patch, take_page_runs, take_varint};
@@ -59,6 +61,9 @@ pub(super) const KIND_PATCH: usize = 2;
 pub(super) const KIND_BLOCK: usize = 3;
 pub(super) const ENTRY_BYTES: usize = 6;
 const ADDRESS_MAX_BYTES: usize = 5;
+/// Pages between one that is written and the one that is fetched, and how much of a whole page is.
+const WRITE_AHEAD: usize = 4;
+const WHOLE_AHEAD_BYTES: usize = 512;
 
 /// Contents of a page in a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +161,16 @@ impl PagesFrame {
     /// Pages in the order they are to be written.
     pub fn iter(&self) -> impl Iterator<Item = (PageAddr, PageContent<'_>)> {
         self.entries.iter().map(|entry| (entry.addr, self.content(entry.content)))
+    }
+
+    /// Pages in the order they are to be written, each with the part of a later one that is to be fetched meanwhile:
+    /// what a guest wrote is in nobody's cache here.
+    pub fn writes(&self) -> impl Iterator<Item = (PageAddr, PageContent<'_>, Option<(PageAddr, Range<usize>)>)> {
+        let mut soon = self.iter().skip(WRITE_AHEAD).map(|(addr, content)| match content {
+            PageContent::Patch(patch) => (addr, patch.start()..patch.start() + 1),
+            _ => (addr, 0..WHOLE_AHEAD_BYTES),
+        });
+        self.iter().map(move |(addr, content)| (addr, content, soon.next()))
     }
 
     /// Memory this frame takes, for limits.

@@ -89,8 +89,9 @@ pub(super) fn fetch_value<T>(value: &T) {
 
 const FETCH_BYTES: usize = 512;
 
-fn fetch_bytes(bytes: &[u8]) {
-    bytes.as_chunks::<LINE_BYTES>().0.iter().for_each(fetch_value);
+/// The same for bytes that need not begin with a line.
+pub fn fetch_bytes(bytes: &[u8]) {
+    bytes.chunks(LINE_BYTES).for_each(|line| fetch_value(&line[0]));
 }
 
 /// The reference.

@@ -13,7 +13,7 @@
 //!     5 6 7 8  the low 1, 2, 4 or 8 bytes; the others are zero
 //! ```
 //! The table has 256 entries, all zero at a frame's start. Every word then replaces the entry that it hashes to, which
-//! depends on its upper 6 bytes. The same code runs on every CPU.
+//! depends on its upper 6 bytes; with a tag of 1 or 2 that is the entry that it was read from. The same code runs on every CPU.
 
 use super::simd::{LINE_BYTES, LINES};
 use crate::units::Page;
@@ -29,6 +29,8 @@ const LITERAL_BYTES: [u8; 16] = [0, 0, 2, 3, 4, 1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0]
 const INDEX_BYTES: [u8; 16] = [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 /// Bits that are those of the table's entry.
 const OF_ENTRY: [u64; 16] = [0, !0, !0 << 16, !0 << 24, !0 << 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Bits of the place in the table that are those of the entry's.
+const AT_ENTRY: [usize; 16] = [0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 /// Bits that are those of the literals.
 const OF_LITERAL: [u64; 16] =
     [0, 0, 0xffff, 0xff_ffff, 0xffff_ffff, 0xff, 0xffff, 0xffff_ffff, !0, 0, 0, 0, 0, 0, 0, 0];
@@ -175,17 +177,29 @@ pub(super) fn read(pages: &mut [Page], streams: &[u8], indexes_len: usize) -> Op
             return None;
         }
         let (indexes, literals) = (streams.get(index..)?.first_chunk()?, streams.get(literal..)?.first_chunk()?);
-        let (indexes_taken, literals_taken) = table.line(line, tags, indexes, literals);
+        // Where the entries go is known before they are read, unless a word has low bytes of another hash: reads then need
+        // not wait for what is written before them.
+        let (indexes_taken, literals_taken) = if has_nibble(tags, 3) || has_nibble(tags, 4) {
+            table.line::<true>(line, tags, indexes, literals)
+        } else {
+            table.line::<false>(line, tags, indexes, literals)
+        };
         index += indexes_taken;
         literal += literals_taken;
     }
     (index == indexes_end && literal == literals_end).then_some(())
 }
 
+/// Whether one of the 8 nibbles has this value.
+fn has_nibble(nibbles: u32, value: u32) -> bool {
+    let zero_where = nibbles ^ (value * 0x1111_1111);
+    zero_where.wrapping_sub(0x1111_1111) & !zero_where & 0x8888_8888 != 0
+}
+
 impl Table {
-    /// Reads a line; how many indexes and literals it took.
+    /// Reads a line; how many indexes and literals it took. `REHASH`: some words have a tag of 3 or 4.
     #[inline(always)]
-    fn line(
+    fn line<const REHASH: bool>(
         &mut self,
         line: &mut [u8; LINE_BYTES],
         mut tags: u32,
@@ -196,13 +210,18 @@ impl Table {
         for word in line.as_chunks_mut::<8>().0 {
             let tag = tags as usize % 16;
             tags >>= 4;
-            let entry = self.0[usize::from(indexes[index % LINE_WORDS])];
+            let entry_at = usize::from(indexes[index % LINE_WORDS]);
+            let entry = self.0[entry_at];
             // Before the last word at most 7 were taken, of 8 bytes each.
             let bytes = literals[literal.min(LINE_BYTES)..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-            let value = entry & OF_ENTRY[tag] | bytes & OF_LITERAL[tag];
+            let literal_word = bytes & OF_LITERAL[tag];
+            let value = entry & OF_ENTRY[tag] | literal_word;
             index += usize::from(INDEX_BYTES[tag]);
             literal += usize::from(LITERAL_BYTES[tag]);
-            self.0[Self::slot(value)] = value;
+            // Of a tag of 1 or 2 the literal alone hashes to 0.
+            let hashed = if REHASH && AT_ENTRY[tag] == 0 { value } else { literal_word };
+            let slot = entry_at & AT_ENTRY[tag] | Self::slot(hashed);
+            self.0[slot] = value;
             *word = value.to_le_bytes();
         }
         (index, literal)

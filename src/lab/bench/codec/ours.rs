@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use vmsync::codec::{Encoder, FETCH_AHEAD, FrameDecoder, KnownPages, MirrorBudget, PageContent};
+use vmsync::codec::{Encoder, FETCH_AHEAD, FrameDecoder, KnownPages, MirrorBudget, PageContent, fetch_bytes};
 use vmsync::hashes::HashSeed;
 use vmsync::{PAGE_SIZE, Page, PageAddr, RamLayout};
 
@@ -66,8 +66,10 @@ impl Shadow {
         for bytes in frames {
             let frame = self.decoder.decode_owned(bytes, &self.layout).expect("own frame");
             self.known.accept(&frame).expect("in step");
-            for (addr, content) in frame.iter() {
-                let page = &mut memory[self.layout.linear(addr).expect("checked") as usize];
+            let index = |addr| self.layout.linear(addr).expect("checked") as usize;
+            for (addr, content, soon) in frame.writes() {
+                soon.into_iter().for_each(|(addr, part)| fetch_bytes(&memory[index(addr)][part]));
+                let page = &mut memory[index(addr)];
                 match content {
                     PageContent::Data(data) => *page = *data,
                     other => other.apply(page),
