@@ -16,7 +16,7 @@ use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 /// Level at which streams of changes are compressed. They are short, and the link may be long.
 const CHANGES_LEVEL: i32 = -1;
 /// What words are made of repeats less than what pages are; zstd gains little by looking closer.
-const WORDS_FASTER: i32 = 3;
+const WORDS_FASTER: i32 = 2;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
 const WHOLE_HEAD_BYTES: usize = 4;
