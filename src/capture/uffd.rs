@@ -106,6 +106,18 @@ impl WriteTracker {
         Self::with(Arc::new(uffd), pid, mode)
     }
 
+    /// For memory of this process.
+    pub fn of_this_process(mode: ProtectMode) -> io::Result<Self> {
+        // SAFETY: userfaultfd takes flags only.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
+        Self::new(fd, std::process::id() as i32, mode)
+    }
+
     fn with(uffd: Arc<OwnedFd>, pid: i32, mode: ProtectMode) -> io::Result<Self> {
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         Ok(Self { uffd, pid, pagemap, regions: vec![PageRegion::default(); REGIONS_PER_CALL], mode })
@@ -183,15 +195,8 @@ fn ioctl<T>(fd: &impl AsRawFd, request: c_ulong, argument: &mut T) -> io::Result
 
 /// Whether this kernel has what the tracker needs, tried on this very process; the error says what is missing.
 pub fn probe() -> Result<(), String> {
-    // SAFETY: userfaultfd takes flags only.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    if fd < 0 {
-        return Err(format!("userfaultfd: {}", io::Error::last_os_error()));
-    }
-    // SAFETY: a fresh descriptor that nobody else owns.
-    let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
-    let mut tracker = WriteTracker::new(fd, std::process::id() as i32, ProtectMode::Combined)
-        .map_err(|e| format!("userfaultfd without asynchronous write protection ({e}); it needs Linux 6.7"))?;
+    let mut tracker = WriteTracker::of_this_process(ProtectMode::Combined)
+        .map_err(|e| format!("userfaultfd with asynchronous write protection: {e}; it needs Linux 6.7"))?;
     let page = Box::new(AlignedPage([1; 4096]));
     let at = page.0.as_ptr() as u64;
     tracker.register(at, 4096).map_err(|e| format!("UFFDIO_REGISTER: {e}"))?;
@@ -220,12 +225,7 @@ mod tests {
             panic!("this kernel cannot track writes: {missing}");
         }
         for mode in [ProtectMode::Combined, ProtectMode::TwoStep] {
-            // SAFETY: as in `probe`.
-            let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-            assert!(fd >= 0);
-            // SAFETY: a fresh descriptor.
-            let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
-            let mut tracker = WriteTracker::new(fd, std::process::id() as i32, mode).unwrap();
+            let mut tracker = WriteTracker::of_this_process(mode).unwrap();
             let len = 64 * 4096;
             // SAFETY: a fresh anonymous mapping of that length.
             let map = unsafe {

@@ -7,12 +7,16 @@ use super::{Bench, Row, memcpy_ms};
 use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
-use crate::lab::{GuestClient, Lab};
+use crate::lab::{GuestClient, GuestOptions, Lab};
 
 const INTERVAL: Duration = Duration::from_millis(50);
 /// Cuts by QEMU alone: ten seconds.
 const CUTS_ALONE: u32 = 200;
 const MEASURE_FOR: Duration = Duration::from_secs(20);
+const SIZES_GIB: [u32; 3] = [1, 2, 4];
+const FILLED_WITHIN: Duration = Duration::from_secs(400);
+/// What is left to the guest's system.
+const SYSTEM_MIB: u32 = 192;
 /// A guest that computes, rewrites 4,000 pages a second and checks them.
 const WORKLOAD: &str = "busy:4000";
 
@@ -50,7 +54,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     fleet.disable("busy")?;
     bench.sleep(Duration::from_secs(1))?;
     let again = work_rate(bench, &mut client)?;
-    let (alone_p50, alone_p99) = qemu_alone(bench, &lab)?;
+    let (alone_p50, alone_p99) = qemu_alone(bench, &lab, "busy")?;
     let row = Row::new("pause p50, 1 GiB, 50 ms", ms(pause.p50), "ms").at_most(1.5);
     bench.print(&row.beside("ms QEMU alone: state to /dev/null", ms(alone_p50)));
     let row = Row::new("pause p99", ms(pause.p99), "ms").at_most(4.0);
@@ -59,12 +63,57 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let row = Row::new("unprotected again (drift of the machine)", again / unprotected * 100.0, "%");
     bench.print(&row.beside("units/s", again));
     drop(client);
-    peers(bench, &lab, guest.ip)
+    peers(bench, &lab, guest.ip)?;
+    drop(lab);
+    sizes(bench)
+}
+
+/// Pauses of guests of several sizes that have written all of their memory and go on writing all over it: what grows is
+/// the search for the pages written since the cut before.
+fn sizes(bench: &Bench) -> Result<()> {
+    let lab = bench.lab(2)?;
+    let fleet = Fleet::of(&lab)?;
+    fleet.wait_hosts(2, Duration::from_secs(30))?;
+    let mut medians = Vec::new();
+    for gib in SIZES_GIB {
+        bench.say(&format!("a guest of {gib} GiB"))?;
+        let (name, mib) = (format!("of{gib}gib"), gib * 1024);
+        let workload = format!("dirty:2000:{}", mib - SYSTEM_MIB).parse().map_err(LabError::Product)?;
+        let options = GuestOptions { memory_mib: mib, workload, balloon: false, ..GuestOptions::new(&name, "host1") };
+        let guest = lab.guest(&options, false)?;
+        // It answers when it has written all of its region once.
+        let filled_by = Instant::now() + FILLED_WITHIN;
+        while let Err(error) = lab.guest_client(guest.ip) {
+            if Instant::now() >= filled_by {
+                return Err(error);
+            }
+            bench.sleep(Duration::from_millis(500))?;
+        }
+        let (alone, _) = qemu_alone(bench, &lab, &name)?;
+        fleet.enable(&name, "host1", 1, INTERVAL)?;
+        fleet.wait_protected(&name, Duration::from_secs(300))?;
+        bench.sleep(MEASURE_FOR)?;
+        let pause = fleet.info(&name)?.capture.pause_us;
+        let (p50, alone) = (pause.p50 as f64 / 1e3, alone as f64 / 1e3);
+        bench.print(
+            &Row::new(format!("pause p50, {gib} GiB written all over"), p50, "ms").beside("ms QEMU alone", alone),
+        );
+        bench.print(&Row::new(format!("pause p99, {gib} GiB"), pause.p99 as f64 / 1e3, "ms"));
+        medians.push((f64::from(gib), p50 - alone));
+        fleet.disable(&name)?;
+        lab.virsh("host1", &["destroy", &name])?;
+    }
+    let [(least, first), .., (most, last)] = medians[..] else { return Ok(()) };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let each = (last - first) / (most - least);
+    let row = Row::new("a GiB more adds to the pause", each, "ms");
+    bench.print(&row.beside("ms times threads that search", each * threads));
+    Ok(())
 }
 
 /// The floor under every cut: how long QEMU itself stops the guest to write its device state, with nobody scanning or
 /// copying, as its STOP and RESUME events tell it. p50 and p99 in microseconds.
-fn qemu_alone(bench: &Bench, lab: &Lab) -> Result<(u64, u64)> {
+pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(u64, u64)> {
     let failed = |error: HypervisorError| LabError::Product(format!("the guest without protection: {error}"));
     bench.say("the same cuts by QEMU alone")?;
     let hypervisor = Hypervisor::connect(&lab.libvirt_uri("host1")).map_err(failed)?;
@@ -84,7 +133,7 @@ fn qemu_alone(bench: &Bench, lab: &Lab) -> Result<(u64, u64)> {
         }
     }));
     subscribed.map_err(failed)?;
-    let domain = hypervisor.lookup("busy").map_err(failed)?;
+    let domain = hypervisor.lookup(guest).map_err(failed)?;
     for _ in 0..CUTS_ALONE {
         let arguments = serde_json::json!({"filename": "/dev/null", "live": false});
         domain.qmp_call("xen-save-devices-state", arguments).map_err(failed)?;

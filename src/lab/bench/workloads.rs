@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::pause::qemu_alone;
 use super::{Bench, Row, cpu_s_in, memcpy_ms, percentile};
 use crate::api::types::{GuestState, GuestView, Percentiles};
 use crate::lab::error::{LabError, Result};
@@ -97,6 +98,7 @@ pub(super) fn stage(bench: &Bench, case: &Case) -> Result<Stage> {
 fn measure(bench: &Bench, case: &Case) -> Result<()> {
     let Stage { lab, fleet, mut client } = stage(bench, case)?;
     let unprotected = Work::over(bench, &mut client, COMPARE_FOR, || Ok(()))?;
+    let (alone_p50, alone_p99) = qemu_alone(bench, &lab, case.name)?;
     fleet.enable(case.name, PRIMARY, SHADOWS, INTERVAL)?;
     let view = fleet.wait_protected(case.name, PROTECTED_WITHIN)?;
     bench.say(&format!("{}: protected; measuring for {} s", case.name, MEASURE_FOR.as_secs()))?;
@@ -110,6 +112,8 @@ fn measure(bench: &Bench, case: &Case) -> Result<()> {
     let (cpu, elapsed) = (cpu_s(agent)? - cpu_before, began.elapsed().as_secs_f64());
     let after = fleet.info(case.name)?;
     Report { case, before: &view, after: &after, elapsed_s: elapsed }.print(bench, &samples, cpu);
+    let row = Row::new(format!("{}: of that, QEMU alone: state to /dev/null", case.name), alone_p50 as f64 / 1e3, "ms");
+    bench.print(&row.beside("ms p99", alone_p99 as f64 / 1e3));
     if protected.done >= WORK_COMPARED_MIN && unprotected.done > 0 {
         let share = protected.per_s / unprotected.per_s * 100.0;
         let row = Row::new(format!("{}: guest's own work while protected", case.name), share, "%");
