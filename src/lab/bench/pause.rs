@@ -15,8 +15,10 @@ const CUTS_ALONE: u32 = 200;
 const MEASURE_FOR: Duration = Duration::from_secs(20);
 const SIZES_GIB: [u32; 3] = [1, 2, 4];
 const FILLED_WITHIN: Duration = Duration::from_secs(400);
-/// What is left to the guest's system.
-const SYSTEM_MIB: u32 = 192;
+/// What is left to the guest's system, which needs more for what tells of more pages.
+fn system_mib(memory_mib: u32) -> u32 {
+    128 + memory_mib / 16
+}
 /// A guest that computes, rewrites 4,000 pages a second and checks them.
 const WORKLOAD: &str = "busy:4000";
 
@@ -78,7 +80,7 @@ fn sizes(bench: &Bench) -> Result<()> {
     for gib in SIZES_GIB {
         bench.say(&format!("a guest of {gib} GiB"))?;
         let (name, mib) = (format!("of{gib}gib"), gib * 1024);
-        let workload = format!("dirty:2000:{}", mib - SYSTEM_MIB).parse().map_err(LabError::Product)?;
+        let workload = format!("dirty:2000:{}", mib - system_mib(mib)).parse().map_err(LabError::Product)?;
         let options = GuestOptions { memory_mib: mib, workload, balloon: false, ..GuestOptions::new(&name, "host1") };
         let guest = lab.guest(&options, false)?;
         // It answers when it has written all of its region once.
