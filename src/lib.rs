@@ -12,5 +12,6 @@ pub mod hypervisor;
 pub mod lab;
 pub mod manager;
 pub mod output;
+pub mod packet;
 pub mod standby;
 pub mod transport;

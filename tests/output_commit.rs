@@ -78,6 +78,11 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
         bed.lab.power_on(&host).unwrap();
         bed.fleet.wait_hosts(3, BACK_WITHIN).unwrap();
     }
+    // What had reached the former host was not lost with it.
+    let is_it = |event: &EventView| event.kind == "inbound-replayed";
+    let replayed: Vec<EventView> = bed.fleet.events().unwrap().into_iter().filter(is_it).collect();
+    replayed.iter().for_each(|event| println!("{}", event.message));
+    assert!(!replayed.is_empty() && replayed.len() <= rounds as usize, "in {} of {rounds} rounds", replayed.len());
     // The gate came back by itself on each new primary.
     wait_holding(&bed);
     let released = |view: &GuestView| view.capture.output.released_frames_total > 0;

@@ -309,7 +309,7 @@ fn promote(hypervisor: &Arc<Hypervisor>, folder: &Path) {
     let shadow = adopt(hypervisor, folder);
     let state = fs::read(folder.join("state")).unwrap();
     let directory = shadow.directory();
-    let promotion = shadow.promote(hypervisor, &state, true).unwrap().finish();
+    let promotion = shadow.promote(hypervisor, &state, true).unwrap().finish(&[]);
     let Timings { written_us, running_us, verified_us, announce_us, define_us, total_us } = promotion.timings;
     let timings = json!({"written_us": written_us, "running_us": running_us, "verified_us": verified_us,
         "announce_us": announce_us, "define_us": define_us, "total_us": total_us, "state": state.len()});
@@ -339,7 +339,7 @@ fn promote_paused(hypervisor: &Arc<Hypervisor>, folder: &Path) {
     let domain = hypervisor.lookup(GUEST).unwrap();
     domain.resume().unwrap();
     let directory = shadow.directory();
-    let promotion = shadow.promote(hypervisor, &fs::read(folder.join("state")).unwrap(), false).unwrap().finish();
+    let promotion = shadow.promote(hypervisor, &fs::read(folder.join("state")).unwrap(), false).unwrap().finish(&[]);
     check_promoted(&domain, &promotion.warnings, &directory);
     assert_eq!(domain.run_state().unwrap(), "paused");
     let state = domain.state().unwrap();
@@ -366,7 +366,7 @@ fn die_promoting(hypervisor: &Arc<Hypervisor>, folder: &Path, delay_us: u64) {
         // is for the caller, who sees no difference.
         unsafe { libc::_exit(0) };
     });
-    let _ = shadow.promote(hypervisor, &state, true).map(|started| started.finish());
+    let _ = shadow.promote(hypervisor, &state, true).map(|started| started.finish(&[]));
     std::thread::sleep(Duration::from_secs(1));
 }
 
@@ -376,7 +376,7 @@ fn find_and_remove(hypervisor: &Arc<Hypervisor>, folder: &Path) {
         Adopted::Waiting(shadow) => {
             // It is as good as before.
             let promotion =
-                shadow.promote(hypervisor, &fs::read(folder.join("state")).unwrap(), true).unwrap().finish();
+                shadow.promote(hypervisor, &fs::read(folder.join("state")).unwrap(), true).unwrap().finish(&[]);
             assert!(promotion.warnings.is_empty(), "{:?}", promotion.warnings);
             "waiting"
         }
@@ -408,7 +408,7 @@ fn promote_without_libvirtd(hypervisor: &Arc<Hypervisor>, folder: &Path) {
         std::thread::sleep(Duration::from_micros(1_500));
         nix::sys::signal::kill(libvirtd, nix::sys::signal::Signal::SIGKILL).unwrap();
     });
-    let promotion = shadow.promote(hypervisor, &state, true).unwrap().finish();
+    let promotion = shadow.promote(hypervisor, &state, true).unwrap().finish(&[]);
     println!("{promotion:?}");
     assert_eq!(connect().lookup(GUEST).unwrap().run_state().unwrap(), "running");
 }

@@ -196,6 +196,11 @@ impl Gate {
         Ok(Self { control, marker, tag, nics, lanes, stop, leaving, find, watcher: Some(watcher) })
     }
 
+    /// NICs that it holds.
+    pub fn nics(&self) -> &[OutputNic] {
+        &self.nics
+    }
+
     pub fn marker(&self) -> Marker {
         self.marker.clone()
     }

@@ -7,12 +7,12 @@
 use std::io;
 use std::time::Instant;
 
-use nix::net::if_::if_nametoindex;
 use serde_json::json;
-use socket2::{Domain as SocketDomain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain as SocketDomain, Protocol, Socket, Type};
 
 use crate::hypervisor::Domain;
 use crate::hypervisor::xml::{Interface, InterfaceLink};
+use crate::packet::{link_address, parse_mac};
 
 const ETHERTYPE_RARP: u16 = 0x8035;
 /// Shortest Ethernet frame without its checksum.
@@ -46,33 +46,9 @@ pub(super) fn announce(domain: &Domain, interfaces: &[Interface]) -> Vec<String>
 }
 
 fn send_rarp(device: &str, mac: [u8; 6]) -> io::Result<()> {
-    let index = if_nametoindex(device)?;
     let protocol = Protocol::from(i32::from(ETHERTYPE_RARP.to_be()));
     let socket = Socket::new(SocketDomain::PACKET, Type::RAW, Some(protocol))?;
-    socket.send_to(&rarp_frame(mac), &link_address(index)?).map(drop)
-}
-
-/// Destination of a packet socket: the device to send on; the frame holds its own addresses.
-fn link_address(index: u32) -> io::Result<SockAddr> {
-    let index = i32::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: the storage that `try_init` provides is larger than and aligned for any socket address; a whole
-    // sockaddr_ll is written to it and its length returned.
-    let ((), address) = unsafe {
-        SockAddr::try_init(|storage, len| {
-            storage.cast::<libc::sockaddr_ll>().write(libc::sockaddr_ll {
-                sll_family: libc::AF_PACKET as u16,
-                sll_protocol: ETHERTYPE_RARP.to_be(),
-                sll_ifindex: index,
-                sll_hatype: 0,
-                sll_pkttype: 0,
-                sll_halen: 6,
-                sll_addr: [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
-            });
-            *len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-            Ok(())
-        })
-    }?;
-    Ok(address)
+    socket.send_to(&rarp_frame(mac), &link_address(device, ETHERTYPE_RARP)?).map(drop)
 }
 
 /// "Who knows my IP address?", asked by `mac` about itself: nobody answers, every switch learns.
@@ -97,16 +73,6 @@ fn rarp_frame(mac: [u8; 6]) -> [u8; FRAME_BYTES] {
     frame
 }
 
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,15 +85,6 @@ mod tests {
         assert_eq!(frame[14..22], [0, 1, 8, 0, 6, 4, 0, 3]);
         assert_eq!((&frame[22..28], &frame[32..38]), (&mac[..], &mac[..]));
         assert!(frame[38..].iter().all(|byte| *byte == 0));
-    }
-
-    #[test]
-    fn addresses_are_checked() {
-        for bad in
-            ["", "52:54:00:aa:00", "52:54:00:aa:00:02:03", "52:54:00:aa:00:0g", "5:54:00:aa:00:02", "+1:00:00:00:00:00"]
-        {
-            assert_eq!(parse_mac(bad), None, "{bad}");
-        }
     }
 
     #[test]

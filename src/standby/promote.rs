@@ -22,6 +22,7 @@ use super::shadow::{Adopted, Shadow, WAITING};
 use crate::capture::priority::{self, Preferred};
 use crate::hypervisor::xml::{GuestDefinition, Interface, clean_persistent_xml, with_disk_files};
 use crate::hypervisor::{self, Domain, DomainState, Hypervisor, HypervisorError, XmlKind};
+use crate::packet::{Outcome, replay};
 
 /// How long a load may take; the slowest ones seen took half a second on a busy host.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,6 +44,8 @@ pub struct Promotion {
     pub uuid: String,
     pub name: String,
     pub timings: Timings,
+    /// Frames that had been on their way to the guest and were given to it.
+    pub replayed: usize,
     /// What did not work although the guest is there: announcement, persistent definition.
     pub warnings: Vec<String>,
 }
@@ -69,19 +72,27 @@ pub struct Started {
     interfaces: Vec<Interface>,
     image: Image,
     timings: Timings,
+    running: bool,
 }
 
 impl Started {
-    /// Announces the guest, gives it its persistent definition and forgets that it was a shadow. Nothing of it is
-    /// fatal: the guest runs.
-    pub fn finish(self) -> Promotion {
-        let Self { watch, run_dir, interfaces, image, timings } = self;
+    /// Gives the guest the frames that were on their way to it, announces it, gives it its persistent definition and
+    /// forgets that it was a shadow. Nothing of it is fatal: the guest runs.
+    pub fn finish(self, inbound: &[Vec<u8>]) -> Promotion {
+        let Self { watch, run_dir, interfaces, image, timings, running } = self;
+        // First of all: clients wait, and its answers announce it, too.
+        let devices = interfaces.iter().filter_map(|nic| Some((&*nic.mac, nic.host_device.as_deref()?)));
+        let replay = if running && !inbound.is_empty() { replay(devices, inbound) } else { Outcome::default() };
         let mut promotion = finish(&watch.hypervisor, &watch.domain, &watch.record, &run_dir, &interfaces, timings);
         // What the guest had been told to be on disk may still be in this host's memory only.
         if let Err(error) = image.sync_disks() {
             promotion.warnings.push(error.to_string());
         }
         drop(image);
+        promotion.replayed = replay.replayed;
+        if let Some(problem) = replay.problem {
+            promotion.warnings.push(format!("not all frames that were on their way to it were replayed: {problem}"));
+        }
         promotion.timings.total_us = micros(watch.began.elapsed());
         promotion
     }
@@ -124,7 +135,7 @@ impl Shadow {
         let mut timings = Timings { written_us: elapsed_us(), ..Timings::default() };
         timings.running_us = if running { watch.wait_running()? } else { watch.wait_loaded("paused")? };
         timings.verified_us = elapsed_us();
-        Ok(Started { watch, run_dir, interfaces, image, timings })
+        Ok(Started { watch, run_dir, interfaces, image, timings, running })
     }
 }
 
@@ -191,7 +202,7 @@ fn finish(
     if let Err(error) = record::forget(run_dir, &record.uuid) {
         warnings.push(format!("the record of the former shadow stays in {}: {error}", run_dir.display()));
     }
-    Promotion { uuid: record.uuid.clone(), name: record.name.clone(), timings, warnings }
+    Promotion { uuid: record.uuid.clone(), name: record.name.clone(), timings, replayed: 0, warnings }
 }
 
 fn define(hypervisor: &Hypervisor, record: &Record) -> std::result::Result<(), String> {

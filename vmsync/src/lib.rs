@@ -93,6 +93,7 @@ pub mod codec;
 pub mod device_state;
 pub mod hashes;
 pub mod history;
+pub mod inbound;
 pub mod journal;
 pub mod layout;
 pub mod message;

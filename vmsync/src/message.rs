@@ -12,6 +12,8 @@
 //!               <--------------------------- Ack
 //!   VerifyRequest ------------------------->      right behind a Commit
 //!               <--------------------------- Hashes ..., HashesEnd
+//!   Inbound ... --------------------------->      kept in memory until a commit covers them
+//!   InboundCovered ------------------------>      right before that Commit
 //!   Ping        --------------------------->
 //!               <--------------------------- Pong
 //!               <--------------------------- GaveUp (staging limit reached: the old commit is gone)
@@ -23,6 +25,7 @@ use crate::bytes::{Put, Reader, Truncated};
 use crate::codec::MAX_FRAME_BYTES;
 use crate::device_state::MAX_ENCODED_BYTES;
 use crate::hashes::HashSeed;
+use crate::inbound;
 use crate::layout::{MAX_BLOCKS, MAX_NAME_BYTES, RamLayout};
 use crate::units::{BlockIndex, Epoch, GuestUuid, Lineage, PageAddr, PageIndex, Term};
 use crate::wire::{Body, Chain, Message, WireError};
@@ -55,6 +58,12 @@ pub enum SourceBody {
     /// Asks for the hashes of all pages and of the device state as of the header's epoch, just committed.
     VerifyRequest {
         seed: HashSeed,
+    },
+    /// A frame on its way to the guest, in the driver's form; see [`crate::inbound`]. Not part of any epoch.
+    Inbound(Vec<u8>),
+    /// The epoch whose Commit comes next covers all `Inbound` frames but the newest so many.
+    InboundCovered {
+        all_but: u32,
     },
     Ping,
 }
@@ -139,6 +148,8 @@ mod kind {
     pub(super) const HASH_REQUEST: u8 = 5;
     pub(super) const VERIFY_REQUEST: u8 = 6;
     pub(super) const PING: u8 = 7;
+    pub(super) const INBOUND: u8 = 8;
+    pub(super) const INBOUND_COVERED: u8 = 9;
     pub(super) const WELCOME: u8 = 64;
     pub(super) const ACK: u8 = 65;
     pub(super) const HASHES: u8 = 66;
@@ -162,6 +173,8 @@ impl Body for SourceBody {
             kind::DEVICE_STATE => MAX_ENCODED_BYTES,
             kind::COMMIT => 12,
             kind::HASH_REQUEST | kind::VERIFY_REQUEST => 8,
+            kind::INBOUND => inbound::MAX_FRAME_BYTES,
+            kind::INBOUND_COVERED => 4,
             kind::PING => 0,
             _ => return None,
         })
@@ -176,6 +189,8 @@ impl Body for SourceBody {
                 kind::COMMIT => Self::Commit(Chain { count: r.u32()?, checksum: r.u64()? }),
                 kind::HASH_REQUEST => Self::HashRequest { seed: HashSeed::new(r.u64()?) },
                 kind::VERIFY_REQUEST => Self::VerifyRequest { seed: HashSeed::new(r.u64()?) },
+                kind::INBOUND => Self::Inbound(read_rest(r)?),
+                kind::INBOUND_COVERED => Self::InboundCovered { all_but: r.u32()? },
                 kind::PING => Self::Ping,
                 other => return Err(WireError::UnknownKind(other).into()),
             })
@@ -216,6 +231,14 @@ impl Body for SourceBody {
             Self::VerifyRequest { seed } => {
                 out.put_u64(seed.get());
                 kind::VERIFY_REQUEST
+            }
+            Self::Inbound(frame) => {
+                out.extend_from_slice(frame);
+                kind::INBOUND
+            }
+            Self::InboundCovered { all_but } => {
+                out.put_u32(*all_but);
+                kind::INBOUND_COVERED
             }
             Self::Ping => kind::PING,
         }
@@ -421,6 +444,8 @@ mod tests {
             SourceBody::Commit(Chain { count: 3, checksum: 9 }),
             SourceBody::HashRequest { seed: HashSeed::new(5) },
             SourceBody::VerifyRequest { seed: HashSeed::new(6) },
+            SourceBody::Inbound(vec![4; 60]),
+            SourceBody::InboundCovered { all_but: 1 },
             SourceBody::Ping,
         ]
     }

@@ -80,6 +80,8 @@ fn source_bodies() -> Vec<SourceBody> {
         SourceBody::HashRequest { seed: HashSeed::new(9) },
         SourceBody::VerifyRequest { seed: HashSeed::new(9) },
         SourceBody::Ping,
+        SourceBody::Inbound(b"frame".to_vec()),
+        SourceBody::InboundCovered { all_but: 3 },
     ]
 }
 

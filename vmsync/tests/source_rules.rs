@@ -382,3 +382,40 @@ fn configurations_are_checked() {
     assert_eq!(with(&|c| c.zstd_level = 20), SourceConfigError::ZstdLevel(20));
     assert_eq!(with(&|c| c.description = vec![0; (1 << 20) + 1]), SourceConfigError::Description((1 << 20) + 1));
 }
+
+#[test]
+fn frames_for_the_guest_go_to_followers_and_a_cut_says_which_it_covers() {
+    let frame = |number: u8| SourceEvent::Inbound { frame: vec![number; 60] };
+    let covered = |effects: &[SourceEffect]| {
+        let bodies = sent(effects);
+        let is_one = |body: &SourceBody| matches!(body, SourceBody::InboundCovered { .. });
+        let at = bodies.iter().position(is_one);
+        assert!(at.is_none_or(|at| matches!(bodies[at + 1], SourceBody::Commit(_))), "right before the commit");
+        at.map(|at| bodies[at].clone())
+    };
+    // Nobody follows yet.
+    let mut bench = Bench::new();
+    bench.welcome(ImageState::Present);
+    assert!(bench.step(frame(1)).is_empty());
+
+    let mut bench = Bench::streaming();
+    assert_eq!(sent(&bench.step(frame(1))), [SourceBody::Inbound(vec![1; 60])]);
+    let cut = bench.make_cut(&[1], 2);
+    // It came while the guest may have stood still.
+    bench.step(frame(2));
+    let effects = bench.step(SourceEvent::Cut(cut));
+    assert_eq!(covered(&effects), Some(SourceBody::InboundCovered { all_but: 1 }));
+    assert_eq!(covered(&bench.cut(&[1], 3)), Some(SourceBody::InboundCovered { all_but: 0 }));
+    bench.answer(3, TargetBody::Ack);
+    assert_eq!(covered(&bench.cut(&[1], 4)), None, "nothing came");
+
+    // Bounded from one cut to the next; and none that are long.
+    assert!(bench.step(SourceEvent::Inbound { frame: vec![0; 4097] }).is_empty());
+    let taken = (0..1_000).filter(|_| !bench.step(frame(3)).is_empty()).count();
+    assert_eq!(taken, 256);
+    // With a new connection it begins anew.
+    bench.step(SourceEvent::Disconnected { peer: peer() });
+    assert!(bench.step(frame(4)).is_empty());
+    bench.welcome(ImageState::Committed { lineage: Lineage::new(50), epoch: Epoch::new(3) });
+    assert_eq!(covered(&bench.cut(&[1], 5)), None);
+}

@@ -444,3 +444,49 @@ fn a_lost_image_is_told_of_first_and_not_written_to() {
     assert!(!effects.iter().any(|e| matches!(e, TargetEffect::Apply(_))), "{effects:?}");
     assert_eq!(bench.epoch(), None);
 }
+
+#[test]
+fn frames_for_the_guest_are_kept_until_a_commit_covers_them() {
+    let frame = |number: u8| SourceBody::Inbound(vec![number; 60]);
+    let send = |bench: &mut Bench, bodies: &[SourceBody]| {
+        bodies.iter().for_each(|body| {
+            let effects = bench.send(1, 3, 1, body);
+            assert!(effects.is_empty(), "{effects:?}");
+        });
+    };
+    let first = |bench: &mut Bench| bench.target.take_inbound().iter().map(|frame| frame[0]).collect::<Vec<_>>();
+
+    // Of no use before there is anything to promote.
+    let mut bench = Bench::new();
+    bench.greet(1, 3, 50);
+    send(&mut bench, &[frame(0)]);
+    bench.send(1, 3, 1, &pages(0, 4));
+    bench.commit(1, 1);
+    send(&mut bench, &[frame(1), frame(2), frame(3), SourceBody::InboundCovered { all_but: 1 }, frame(4)]);
+    bench.commit(1, 2);
+    send(&mut bench, &[frame(5), SourceBody::InboundCovered { all_but: 0 }]);
+    // That commit does not come. The connection's end, by which most promotions begin, changes nothing.
+    bench.step(TargetEvent::Disconnected { conn: ConnId(1) });
+    let promote = |back_to| TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::NONE, back_to };
+    let effects = bench.step(promote(None));
+    assert!(effects.iter().any(|effect| matches!(effect, TargetEffect::Promote(_))), "{effects:?}");
+    assert_eq!(first(&mut bench), [3, 4, 5]);
+    assert_eq!(first(&mut bench), []);
+
+    // Going back, even to where it is, gives up what came since.
+    let mut bench = Bench::committed();
+    send(&mut bench, &[frame(1)]);
+    bench.step(promote(Some(Epoch::new(1))));
+    assert_eq!(first(&mut bench), []);
+
+    // The next source says itself what is on its way; an image that is lost takes them along.
+    for event in [None, Some(TargetEvent::ImageLost)] {
+        let mut bench = Bench::committed();
+        send(&mut bench, &[frame(1)]);
+        match event {
+            Some(event) => drop(bench.step(event)),
+            None => drop(bench.greet(2, 3, 50)),
+        }
+        assert_eq!(first(&mut bench), []);
+    }
+}

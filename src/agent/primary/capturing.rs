@@ -336,6 +336,11 @@ impl Capturing {
         }
     }
 
+    /// Frames on their way to the guest.
+    pub(super) fn inbound(&mut self, frames: Vec<Vec<u8>>) {
+        frames.into_iter().for_each(|frame| self.step(SourceEvent::Inbound { frame }));
+    }
+
     pub(super) fn cut_answered(&mut self, answer: CutAnswer, epochs: &mut EpochNumbers) {
         self.cutting_since = None;
         self.last_cut_ended = Instant::now();

@@ -15,6 +15,7 @@ mod disks;
 mod epochs;
 mod exit_watch;
 mod final_cut;
+mod inbound;
 mod outbox;
 mod output;
 mod pacing;

@@ -21,6 +21,7 @@ use crate::agent::libvirt::LiveDomain;
 use crate::api::control::GuestEvent;
 use crate::api::types::{self, Consistency, OutputStats, Percentiles};
 use crate::capture::cutter::AtStop;
+use crate::hypervisor::xml::OutputNic;
 use crate::output::{self, Figures, Gate, GateError, Marker, News, Plugged, Setting};
 
 /// With availability first no frame is held longer.
@@ -338,6 +339,11 @@ impl Output {
         let available = self.consistency.on_loss == types::OnLoss::Availability;
         let holds = self.is_on() && self.committer.mode() == &Mode::Holding;
         if available && holds { allowed.min(CUT_AT_MOST) } else { allowed }
+    }
+
+    /// NICs whose output is held.
+    pub(super) fn nics(&self) -> &[OutputNic] {
+        self.gate.as_ref().map_or(&[], Gate::nics)
     }
 
     pub(super) fn is_on(&self) -> bool {

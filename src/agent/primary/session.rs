@@ -18,6 +18,7 @@ use super::disks::SessionDisks;
 use super::epochs::EpochNumbers;
 use super::exit_watch::Exit;
 use super::final_cut::forget_held;
+use super::inbound::Inbound;
 use super::output::Output;
 use super::peers::{PeerEvent, PeerLink};
 use super::{PrimaryContext, PrimarySpec, Reply};
@@ -76,6 +77,8 @@ pub(super) enum Input {
         generation: u64,
         news: News,
     },
+    /// Frames on their way to the guest.
+    Inbound(Vec<Vec<u8>>),
 }
 
 /// Why the loop ended.
@@ -108,6 +111,7 @@ pub(super) struct Session {
     pub(super) totals: super::capturing::Totals,
     pub(super) epochs: EpochNumbers,
     pub(super) output: Output,
+    inbound: Inbound,
     publish_at: Instant,
     pub(super) disks: SessionDisks,
     /// Output waits for epochs: threads that they pass through hurry.
@@ -149,6 +153,7 @@ impl Session {
             totals: Default::default(),
             epochs,
             output,
+            inbound: Inbound::default(),
             publish_at: Instant::now(),
             disks: SessionDisks::default(),
             hurries,
@@ -289,6 +294,12 @@ impl Session {
             Input::Cut { .. } | Input::Exited { .. } => {}
             Input::Libvirt(event) => return self.libvirt(&event),
             Input::Output { generation, news } => self.output.news(generation, news),
+            Input::Inbound(frames) => {
+                self.inbound.taken(&frames);
+                if let Some(capturing) = &mut self.capturing {
+                    capturing.inbound(frames);
+                }
+            }
         }
         self.after_step()
     }
@@ -435,6 +446,7 @@ impl Session {
                 return Some(End::Superseded(newer_term));
             }
             self.output.keep_gate(&self.context, &self.inputs);
+            self.inbound.follow(&self.spec.domain, self.output.nics(), &self.inputs);
             let (cuts, now) = (capturing.take_cut_marks(), capturing.now());
             if let Some(at) = self.output.step(cuts, || capturing.source.peer_views(now)) {
                 capturing.cut_by(at);

@@ -595,6 +595,7 @@ impl Slot {
         // First, so that the shadow goes on waiting if libvirt does not answer.
         let hypervisor = self.shared.libvirt.get().map_err(|error| error.to_string())?;
         let shadow = inner.shadow.take().ok_or("its domain is gone")?;
+        let inbound = inner.target.take_inbound();
         let state = &promotion.device_state;
         let started = match shadow.promote(&hypervisor, &state.bytes, state.running) {
             Ok(started) => started,
@@ -609,9 +610,15 @@ impl Slot {
         let took_us = began.elapsed().as_micros() as u64;
         let (term, epoch) = (promotion.term.get(), promotion.commit.epoch.get());
         tracing::warn!(guest = self.domain, term, epoch, took_us, "promoted: the guest runs here now");
-        let guest = self.domain.clone();
+        let (guest, uuid, shared) = (self.domain.clone(), self.uuid.clone(), Arc::clone(&self.shared));
         let finish = move || {
-            let done = started.finish();
+            let done = started.finish(&inbound);
+            if done.replayed > 0 {
+                let message = format!("{guest} was given {} frames that had reached its former host", done.replayed);
+                tracing::info!(message);
+                let (level, name) = ("info".into(), "inbound-replayed".into());
+                (shared.report)(GuestEvent::Notice { uuid: Some(uuid), level, name, message });
+            }
             for warning in done.warnings {
                 tracing::warn!(guest, warning, "after the promotion");
             }

@@ -36,8 +36,10 @@ impl Source {
     /// Asked once for each cut that is due, just before it would be made.
     pub fn cut_plan(&mut self) -> CutPlan {
         let plan = self.plan();
-        if plan == CutPlan::Skip {
-            self.skipped_plans = self.skipped_plans.saturating_add(1);
+        match plan {
+            CutPlan::Skip => self.skipped_plans = self.skipped_plans.saturating_add(1),
+            CutPlan::Cut { .. } => self.peers.values_mut().for_each(|peer| peer.inbound.plan()),
+            CutPlan::Collect => {}
         }
         plan
     }
@@ -257,6 +259,9 @@ impl Source {
         };
         peer.send_chained(state, effects);
         peer.state_of = Some(cut.epoch);
+        if let Some(all_but) = peer.inbound.cut() {
+            peer.send(&encode(term, cut.epoch, &SourceBody::InboundCovered { all_but }), effects);
+        }
         let chain = std::mem::take(&mut peer.chain);
         peer.send(&encode(term, cut.epoch, &SourceBody::Commit(chain)), effects);
         let ends_at = peer.wire_bytes_total;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{ReadId, SourceEffect, SourceLimits};
 use crate::codec::is_zero;
 use crate::hashes::{HashSeed, HashTable, hash_page};
+use crate::inbound::Sent;
 use crate::layout::RamLayout;
 use crate::page_set::PageSet;
 use crate::units::{Epoch, Millis, Page, PageAddr, PeerId};
@@ -49,6 +50,8 @@ pub(super) struct Peer {
     /// When something came from it.
     pub(super) heard_at: Millis,
     pub(super) pinged: bool,
+    /// Frames for the guest that it keeps.
+    pub(super) inbound: Sent,
 }
 
 /// A live read under way.
@@ -134,6 +137,7 @@ impl Peer {
             alive_at: Millis::new(0),
             heard_at: Millis::new(0),
             pinged: false,
+            inbound: Sent::default(),
         }
     }
 
@@ -237,6 +241,7 @@ impl Peer {
         self.filter = None;
         self.chain = Chain::default();
         self.unsent_bytes = 0;
+        self.inbound = Sent::default();
         self.pinged = false;
     }
 

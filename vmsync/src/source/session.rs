@@ -107,6 +107,19 @@ impl Source {
         }
     }
 
+    /// A frame for the guest goes to those who follow, in the order of their streams.
+    pub(super) fn inbound(&mut self, frame: Vec<u8>, effects: &mut Vec<SourceEffect>) {
+        let limits = &self.config.limits;
+        let takes = |peer: &mut &mut Peer| peer.is_streaming() && peer.has_room(limits) && peer.inbound.add(&frame);
+        let takers: Vec<&mut Peer> =
+            self.peers.values_mut().filter_map(|mut peer| takes(&mut peer).then_some(peer)).collect();
+        if takers.is_empty() {
+            return;
+        }
+        let message = encode(self.config.term, self.last_epoch, &SourceBody::Inbound(frame));
+        takers.into_iter().for_each(|peer| peer.send(&message, effects));
+    }
+
     pub(super) fn tick(&mut self, now: Millis, effects: &mut Vec<SourceEffect>) {
         let ids: Vec<PeerId> = self.peers.keys().cloned().collect();
         for id in ids {

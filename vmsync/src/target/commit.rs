@@ -91,6 +91,7 @@ impl Target {
         session.former_state = Some(device_state.clone());
         let conn = session.conn;
         image.committed = Some((commit, device_state.clone()));
+        self.inbound.committed();
         if former.is_some() {
             session.sealed.push_back(SealedEpoch { commit, frames: staged.frames, device_state });
             let record = self.journal.records.commit(commit);
@@ -151,6 +152,7 @@ impl Target {
             image.zero = false;
         }
         // First the record, durably: from here on the image is no epoch.
+        self.inbound.clear();
         self.save_state(effects);
         self.drop_history(effects);
         self.clear_journal(effects);

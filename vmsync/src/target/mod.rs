@@ -30,6 +30,7 @@ use crate::codec::{FrameDecoder, KnownPages, PagesFrame};
 use crate::device_state::DeviceState;
 use crate::hashes::HashSeed;
 use crate::history::{History, Keep, Stamp, Undo};
+use crate::inbound::Kept as KeptFrames;
 use crate::journal::{Commit, JOURNAL_HEADER_BYTES, RecordEncoder};
 use crate::layout::RamLayout;
 use crate::message::{Hello, RefuseCode, SourceMessage};
@@ -294,6 +295,8 @@ pub struct Target {
     journal: Journal,
     decoder: FrameDecoder,
     next_hash: u64,
+    /// Frames that the guest may not have had by the newest commit.
+    inbound: KeptFrames,
     heard_at: Option<Millis>,
 }
 
@@ -340,6 +343,7 @@ impl Target {
             journal: Journal::default(),
             decoder: FrameDecoder::new(),
             next_hash: 0,
+            inbound: KeptFrames::default(),
             heard_at: None,
             config,
         }
@@ -374,6 +378,12 @@ impl Target {
     /// The newest epoch that can be promoted.
     pub fn committed(&self) -> Option<Commit> {
         self.image.as_ref().and_then(|image| image.committed.as_ref()).map(|(commit, _)| *commit)
+    }
+
+    /// Frames for the guest, in their order, that it may not have had at the newest commit: for whoever carries out
+    /// [`TargetEffect::Promote`]. None after going back.
+    pub fn take_inbound(&mut self) -> Vec<Vec<u8>> {
+        self.inbound.take()
     }
 
     /// Set once the shadow was promoted, also after a restart.

@@ -21,6 +21,10 @@ impl Target {
         back_to: Option<Epoch>,
         effects: &mut Vec<TargetEffect>,
     ) {
+        if back_to.is_some() {
+            // They belong to what is given up.
+            self.inbound.clear();
+        }
         match self.may_promote(term, after_epoch, back_to) {
             Err(refusal) => effects.push(TargetEffect::PromoteRefused(refusal)),
             Ok(Way::On(promotion)) => {

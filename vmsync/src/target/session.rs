@@ -103,6 +103,17 @@ impl Target {
             SourceBody::Commit(chain) => self.commit(epoch, chain, effects),
             SourceBody::HashRequest { seed } => self.hash_request(seed, effects),
             SourceBody::VerifyRequest { seed } => self.verify_request(epoch, seed, effects),
+            SourceBody::Inbound(frame) => {
+                // Of no use to a shadow that cannot be promoted.
+                if self.committed().is_some() {
+                    self.inbound.add(frame);
+                }
+                Ok(())
+            }
+            SourceBody::InboundCovered { all_but } => {
+                self.inbound.cover_all_but(all_but);
+                Ok(())
+            }
             SourceBody::Ping | SourceBody::Hello(_) => Ok(()), // handled before
         }
     }
@@ -138,6 +149,8 @@ impl Target {
             // Before anything of the new term is acted upon.
             self.save_state(effects);
         }
+        // Whoever sent them may have had the guest run on, or not.
+        self.inbound.clear();
         self.session = Some(Session {
             conn,
             term,
@@ -250,6 +263,7 @@ impl Target {
 
     /// Says durably that there is no image.
     fn forget_image(&mut self, effects: &mut Vec<TargetEffect>) {
+        self.inbound.clear();
         let Some(image) = self.image.take() else { return };
         self.save_state(effects);
         self.clear_journal(effects);

@@ -1,0 +1,42 @@
+//! Frames on their way to a guest whose output is held: to the shadows that follow, which give them to the guest's copy.
+//!
+//! Nothing relies on it. What cannot be seen is said once.
+
+use std::sync::Mutex;
+use std::sync::mpsc::Sender;
+
+use super::session::Input;
+use crate::hypervisor::xml::OutputNic;
+use crate::packet::Capture;
+
+#[derive(Default)]
+pub(super) struct Inbound {
+    of: Vec<OutputNic>,
+    capture: Option<Capture>,
+}
+
+impl Inbound {
+    /// The NICs whose frames are wanted by now.
+    pub(super) fn follow(&mut self, guest: &str, nics: &[OutputNic], inputs: &Sender<Input>) {
+        if self.of == nics {
+            return;
+        }
+        self.of = nics.to_vec();
+        self.capture = None;
+        let devices = nics.iter().filter_map(|nic| Some((&*nic.mac, nic.device.as_deref()?)));
+        let inputs = Mutex::new(inputs.clone());
+        let sink = move |frames| {
+            let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(Input::Inbound(frames));
+        };
+        match Capture::start(devices, sink) {
+            Ok(capture) => self.capture = Some(capture),
+            Err(error) => tracing::warn!(guest, %error, "what clients sent last will not be replayed after a failover"),
+        }
+    }
+
+    pub(super) fn taken(&self, frames: &[Vec<u8>]) {
+        if let Some(capture) = &self.capture {
+            capture.taken(frames);
+        }
+    }
+}
