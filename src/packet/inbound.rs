@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,6 +17,7 @@ use socket2::{Domain, SockFilter, Socket, Type};
 use vmsync::inbound::MAX_FRAME_BYTES;
 
 use super::{link_address, parse_mac};
+use crate::capture::priority::Brisk;
 
 /// `struct virtio_net_hdr`.
 const HEADER_BYTES: usize = 10;
@@ -28,7 +29,8 @@ const UDP: u8 = 17;
 /// For frames that nobody has read yet.
 const SOCKET_BYTES: usize = 256 << 10;
 /// Read and not taken by whoever is told of them.
-const WAITING_BYTES: u64 = 128 << 10;
+const WAITING_BYTES: usize = 64 << 10;
+const WAITING_FRAMES: usize = 256;
 const FRAMES_AT_ONCE: usize = 64;
 /// Between two looks: frames that come together are told of together.
 const PAUSE: Duration = Duration::from_micros(300);
@@ -37,32 +39,58 @@ const STOP_WITHIN_MS: u16 = 100;
 /// Watches the taps of one guest. Dropped, it ends.
 pub struct Capture {
     stop: Arc<AtomicBool>,
-    waiting: Arc<AtomicU64>,
+    seen: Seen,
+}
+
+/// Frames that nobody has taken yet.
+#[derive(Debug, Clone, Default)]
+struct Seen(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Seen {
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Adds what there is room for; true: there were none.
+    fn add(&self, frames: Vec<Vec<u8>>) -> bool {
+        let mut seen = self.lock();
+        let were_none = seen.is_empty();
+        let room = WAITING_FRAMES.saturating_sub(seen.len());
+        let mut bytes: usize = seen.iter().map(Vec::len).sum();
+        seen.extend(frames.into_iter().take(room).take_while(|frame| {
+            bytes += frame.len();
+            bytes <= WAITING_BYTES
+        }));
+        were_none && !seen.is_empty()
+    }
+
+    fn take(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut *self.lock())
+    }
 }
 
 impl Capture {
-    /// `nics`: address of the guest's side, and the host's device. Devices that are no taps are left out. `sink` is called on
-    /// a thread of its own with frames in their order, and [`Capture::taken`] is to be called for them.
+    /// `nics`: address of the guest's side, and the host's device. Devices that are no taps are left out. `tell` is called on
+    /// a thread of its own when there are frames to be taken, and not again before they are: whoever is told has other
+    /// things to do.
     pub fn start<'a>(
         nics: impl Iterator<Item = (&'a str, &'a str)>,
-        sink: impl Fn(Vec<Vec<u8>>) + Send + 'static,
+        tell: impl Fn() + Send + 'static,
     ) -> io::Result<Self> {
         let taps = nics.filter(|(_, device)| is_tap(device));
         let sockets = taps.map(|(mac, device)| listen(mac, device)).collect::<io::Result<Vec<_>>>()?;
-        let (stop, waiting) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let capture = Self { stop: Arc::clone(&stop), waiting: Arc::clone(&waiting) };
+        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Seen::default());
+        let capture = Self { stop: Arc::clone(&stop), seen: seen.clone() };
         if !sockets.is_empty() {
-            let run = move || watch(sockets, &stop, &waiting, &sink);
+            let run = move || watch(sockets, &stop, &seen, &tell);
             std::thread::Builder::new().name("inbound".into()).spawn(run)?;
         }
         Ok(capture)
     }
 
-    /// These frames no longer wait.
-    pub fn taken(&self, frames: &[Vec<u8>]) {
-        let bytes = bytes_of(frames);
-        // Those of a former capture may come after this one's start.
-        let _ = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(bytes)));
+    /// The frames that came since, in their order.
+    pub fn take(&self) -> Vec<Vec<u8>> {
+        self.seen.take()
     }
 }
 
@@ -72,18 +100,17 @@ impl Drop for Capture {
     }
 }
 
-fn bytes_of(frames: &[Vec<u8>]) -> u64 {
-    frames.iter().map(|frame| frame.len() as u64).sum()
-}
-
 /// Of other devices what is sent there leaves to the network, and what comes for the guest is not seen.
 fn is_tap(device: &str) -> bool {
     !device.contains('/') && Path::new("/sys/class/net").join(device).join("tun_flags").exists()
 }
 
-fn watch(mut sockets: Vec<Socket>, stop: &AtomicBool, waiting: &AtomicU64, sink: &impl Fn(Vec<Vec<u8>>)) {
+fn watch(mut sockets: Vec<Socket>, stop: &AtomicBool, seen: &Seen, tell: &impl Fn()) {
     let mut buffer = vec![0; MAX_FRAME_BYTES];
+    // A frame that is told of after the host's end is lost.
+    let mut brisk = Brisk::this_thread();
     while !sockets.is_empty() && !stop.load(Ordering::Relaxed) {
+        brisk.look(true);
         let mut polled: Vec<PollFd<'_>> =
             sockets.iter().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)).collect();
         match poll(&mut polled, PollTimeout::from(STOP_WITHIN_MS)) {
@@ -100,11 +127,8 @@ fn watch(mut sockets: Vec<Socket>, stop: &AtomicBool, waiting: &AtomicU64, sink:
                 false
             }
         });
-        let bytes = bytes_of(&frames);
-        if !frames.is_empty() && waiting.fetch_add(bytes, Ordering::Relaxed) < WAITING_BYTES {
-            sink(frames);
-        } else {
-            waiting.fetch_sub(bytes, Ordering::Relaxed);
+        if seen.add(frames) {
+            tell();
         }
         std::thread::sleep(PAUSE);
     }

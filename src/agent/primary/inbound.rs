@@ -25,18 +25,16 @@ impl Inbound {
         self.capture = None;
         let devices = nics.iter().filter_map(|nic| Some((&*nic.mac, nic.device.as_deref()?)));
         let inputs = Mutex::new(inputs.clone());
-        let sink = move |frames| {
-            let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(Input::Inbound(frames));
+        let tell = move || {
+            let _ = inputs.lock().unwrap_or_else(|p| p.into_inner()).send(Input::Inbound);
         };
-        match Capture::start(devices, sink) {
+        match Capture::start(devices, tell) {
             Ok(capture) => self.capture = Some(capture),
             Err(error) => tracing::warn!(guest, %error, "what clients sent last will not be replayed after a failover"),
         }
     }
 
-    pub(super) fn taken(&self, frames: &[Vec<u8>]) {
-        if let Some(capture) = &self.capture {
-            capture.taken(frames);
-        }
+    pub(super) fn take(&self) -> Vec<Vec<u8>> {
+        self.capture.as_ref().map(Capture::take).unwrap_or_default()
     }
 }

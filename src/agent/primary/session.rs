@@ -77,8 +77,8 @@ pub(super) enum Input {
         generation: u64,
         news: News,
     },
-    /// Frames on their way to the guest.
-    Inbound(Vec<Vec<u8>>),
+    /// There are frames on their way to the guest.
+    Inbound,
 }
 
 /// Why the loop ended.
@@ -294,8 +294,8 @@ impl Session {
             Input::Cut { .. } | Input::Exited { .. } => {}
             Input::Libvirt(event) => return self.libvirt(&event),
             Input::Output { generation, news } => self.output.news(generation, news),
-            Input::Inbound(frames) => {
-                self.inbound.taken(&frames);
+            Input::Inbound => {
+                let frames = self.inbound.take();
                 if let Some(capturing) = &mut self.capturing {
                     capturing.inbound(frames);
                 }
