@@ -59,6 +59,7 @@ pub(super) const KIND_ZERO: usize = 0;
 pub(super) const KIND_FILL: usize = 1;
 pub(super) const KIND_PATCH: usize = 2;
 pub(super) const KIND_BLOCK: usize = 3;
+pub(super) const WHOLE_HEAD_BYTES: usize = 4;
 pub(super) const ENTRY_BYTES: usize = 6;
 const ADDRESS_MAX_BYTES: usize = 5;
 /// Pages between one that is written and the one that is fetched, and how much of a whole page is.
@@ -248,21 +249,13 @@ impl FrameDecoder {
     /// Checks and decodes one frame whose pages must lie in `layout`. Allocates at most 512 KiB for it.
     pub fn decode(&mut self, bytes: &[u8], layout: &RamLayout) -> Result<PagesFrame, FrameError> {
         let mut reader = Reader::new(bytes);
-        let (kind, encoding, pages) = (reader.u8()?, reader.u8()?, reader.u16()?);
-        let max = match kind {
-            CHANGES => MAX_CHANGED_PAGES,
-            WHOLE => MAX_WHOLE_PAGES,
-            other => return Err(FrameError::UnknownValue(other)),
-        };
-        if pages == 0 || usize::from(pages) > max {
-            return Err(FrameError::PageCount { found: pages, max });
-        }
+        let (kind, encoding, pages) = head(&mut reader)?;
         let mut frame = self.spare.pop().unwrap_or_default();
         frame.entries.clear();
         let decoded = if kind == CHANGES {
-            self.changes(&mut reader, encoding, usize::from(pages), layout, &mut frame)
+            self.changes(&mut reader, encoding, pages, layout, &mut frame)
         } else {
-            self.whole(&mut reader, encoding, usize::from(pages), layout, &mut frame)
+            self.whole(&mut reader, encoding, pages, layout, &mut frame)
         };
         match decoded {
             Ok(()) => Ok(frame),
@@ -278,17 +271,13 @@ impl FrameDecoder {
         if !bytes.starts_with(&[WHOLE, RAW]) {
             return self.decode(&bytes, layout);
         }
-        let mut reader = Reader::new(&bytes[2..]);
-        let pages = reader.u16()?;
-        if pages == 0 || usize::from(pages) > MAX_WHOLE_PAGES {
-            return Err(FrameError::PageCount { found: pages, max: MAX_WHOLE_PAGES });
-        }
+        let mut reader = Reader::new(&bytes);
+        let (_, _, pages) = head(&mut reader)?;
         let mut frame = self.spare.pop().unwrap_or_default();
         frame.entries.clear();
-        // At most 64 pages.
-        let data_at = 4 + usize::from(pages) * ENTRY_BYTES;
-        whole_entries(&mut reader, usize::from(pages), data_at, layout, &mut frame.entries)?;
-        let (expected, found) = (usize::from(pages) * PAGE_SIZE, reader.rest().len());
+        let data_at = WHOLE_HEAD_BYTES + pages * ENTRY_BYTES;
+        whole_entries(&mut reader, pages, data_at, layout, &mut frame.entries)?;
+        let (expected, found) = (pages * PAGE_SIZE, reader.rest().len());
         if found != expected {
             return Err(FrameError::DataLength { expected, found });
         }
@@ -378,6 +367,20 @@ impl FrameDecoder {
         // Fails when it would come out longer than the capacity; that may be more than was asked for.
         decompressor.decompress_to_buffer(bytes, data).map_err(zstd_error)?;
         Ok(())
+    }
+}
+
+/// What every frame begins with: its kind, how its data is encoded, and of how many pages it is.
+fn head(reader: &mut Reader<'_>) -> Result<(u8, u8, usize), FrameError> {
+    let (kind, encoding, pages) = (reader.u8()?, reader.u8()?, reader.u16()?);
+    let max = match kind {
+        CHANGES => MAX_CHANGED_PAGES,
+        WHOLE => MAX_WHOLE_PAGES,
+        other => return Err(FrameError::UnknownValue(other)),
+    };
+    match usize::from(pages) {
+        pages if (1..=max).contains(&pages) => Ok((kind, encoding, pages)),
+        _ => Err(FrameError::PageCount { found: pages, max }),
     }
 }
 

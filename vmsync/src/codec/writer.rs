@@ -5,7 +5,7 @@ use zstd::bulk::Compressor;
 use super::diff::{PatchRoom, put_varint};
 use super::frame::{
     CHANGES, CHANGES_HEAD_BYTES, ENTRY_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES,
-    MAX_FRAME_BYTES, MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, WORDS, ZSTD,
+    MAX_FRAME_BYTES, MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, WHOLE_HEAD_BYTES, WORDS, ZSTD,
 };
 use super::noise::NoiseFilter;
 use super::sum::Tag;
@@ -19,7 +19,6 @@ const CHANGES_LEVEL: i32 = -1;
 const WORDS_FASTER: i32 = 2;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
-const WHOLE_HEAD_BYTES: usize = 4;
 const WORDS_HEAD_BYTES: usize = 8;
 /// Most bytes that one page adds to a frame of changes, besides its patch: two addresses and a word.
 const PAGE_EXTRA_BYTES: usize = 18;
@@ -60,8 +59,7 @@ struct Changes {
 
 #[derive(Default)]
 struct Whole {
-    pages: u16,
-    entries: Vec<u8>,
+    entries: Entries,
     data: Vec<u8>,
 }
 
@@ -133,12 +131,12 @@ impl FrameWriter {
             }
         } else if words::suit(page) {
             self.words.push(addr, page);
-            if usize::from(self.words.pages) == MAX_WHOLE_PAGES {
+            if usize::from(self.words.entries.pages) == MAX_WHOLE_PAGES {
                 self.write_words();
             }
         } else {
             self.packed.push(addr, page);
-            if usize::from(self.packed.pages) == MAX_WHOLE_PAGES {
+            if usize::from(self.packed.entries.pages) == MAX_WHOLE_PAGES {
                 self.write_packed();
             }
         }
@@ -278,11 +276,39 @@ impl Changes {
     }
 }
 
+/// Addresses of whole pages, with which their frame begins.
+#[derive(Default)]
+struct Entries {
+    pages: u16,
+    bytes: Vec<u8>,
+}
+
+impl Entries {
+    fn push(&mut self, addr: PageAddr) {
+        self.bytes.put_u32(addr.page.get());
+        self.bytes.put_u16(addr.block.get());
+        self.pages += 1;
+    }
+
+    /// The beginning of their frame, with room for so many bytes more; none if there are no pages. Then there are none.
+    fn begin(&mut self, more: usize, spare: &mut Spare) -> Option<Vec<u8>> {
+        if self.pages == 0 {
+            return None;
+        }
+        let mut out = spare.take(WHOLE_HEAD_BYTES + self.bytes.len() + more);
+        out.extend_from_slice(&[WHOLE, RAW]);
+        out.put_u16(self.pages);
+        out.extend_from_slice(&self.bytes);
+        self.pages = 0;
+        self.bytes.clear();
+        Some(out)
+    }
+}
+
 impl Whole {
     fn push(&mut self, addr: PageAddr, page: &Page) {
-        put_entry(&mut self.entries, addr);
+        self.entries.push(addr);
         self.data.extend_from_slice(page);
-        self.pages += 1;
     }
 
     fn write(
@@ -291,16 +317,8 @@ impl Whole {
         scratch: &mut Vec<u8>,
         spare: &mut Spare,
     ) -> Option<Vec<u8>> {
-        if self.pages == 0 {
-            return None;
-        }
-        let mut out = spare.take(WHOLE_HEAD_BYTES + self.entries.len());
-        out.extend_from_slice(&[WHOLE, RAW]);
-        out.put_u16(self.pages);
-        out.extend_from_slice(&self.entries);
+        let mut out = self.entries.begin(0, spare)?;
         append(&mut out, &self.data, packer, scratch);
-        self.pages = 0;
-        self.entries.clear();
         self.data.clear();
         Some(out)
     }
@@ -309,17 +327,15 @@ impl Whole {
 /// Whole pages coded as words.
 #[derive(Default)]
 struct Words {
-    pages: u16,
-    entries: Vec<u8>,
+    entries: Entries,
     writer: WordWriter,
     streams: Vec<u8>,
 }
 
 impl Words {
     fn push(&mut self, addr: PageAddr, page: &Page) {
-        put_entry(&mut self.entries, addr);
+        self.entries.push(addr);
         self.writer.push(page);
-        self.pages += 1;
     }
 
     fn write(
@@ -328,13 +344,7 @@ impl Words {
         scratch: &mut Vec<u8>,
         spare: &mut Spare,
     ) -> Option<Vec<u8>> {
-        if self.pages == 0 {
-            return None;
-        }
-        let mut out = spare.take(WHOLE_HEAD_BYTES + self.entries.len() + WORDS_HEAD_BYTES);
-        out.extend_from_slice(&[WHOLE, RAW]);
-        out.put_u16(self.pages);
-        out.extend_from_slice(&self.entries);
+        let mut out = self.entries.begin(WORDS_HEAD_BYTES, spare)?;
         let streams = self.writer.streams();
         // Of 64 pages, some 300 KiB.
         out.put_u32(streams[1].len() as u32);
@@ -342,17 +352,10 @@ impl Words {
         streams.iter().for_each(|stream| self.streams.extend_from_slice(stream));
         append(&mut out, &self.streams, packer, scratch);
         out[1] |= WORDS;
-        self.pages = 0;
-        self.entries.clear();
         self.writer.clear();
         self.streams.clear();
         Some(out)
     }
-}
-
-fn put_entry(entries: &mut Vec<u8>, addr: PageAddr) {
-    entries.put_u32(addr.page.get());
-    entries.put_u16(addr.block.get());
 }
 
 /// Whole pages that are not compressed: the frame is made in place, with room for the entries of a full one.
