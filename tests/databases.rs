@@ -347,6 +347,9 @@ fn postgres_on_disk(site: &Site) -> Vec<u64> {
     postgres_numbers(&rows(numbers))
 }
 
+/// It runs for ten seconds.
+const LOAD_ENDS_WITHIN: Duration = Duration::from_secs(90);
+
 /// pgbench at the client's place, over the network.
 struct Load {
     child: std::process::Child,
@@ -355,6 +358,10 @@ struct Load {
 
 impl Load {
     fn start(site: &Site) -> Self {
+        // Clients of a guest that was taken back are gone. PostgreSQL does not hear of it for two hours, and keeps the locks
+        // of the transaction that they were in.
+        let gone = "select pg_terminate_backend(pid, 10000) from pg_stat_activity where state = 'idle in transaction'";
+        postgres(site).ask(gone).unwrap();
         let history_before = history(site);
         let script = format!("exec pgbench -n -h {} -U postgres -c 4 -T 10 bench", site.bed.guest.ip);
         let mut command = site.lab().at_client_with(Software::Postgres, &std::env::temp_dir(), &script).unwrap();
@@ -365,11 +372,23 @@ impl Load {
     /// It went on over the failover, and each transaction that it was told to be committed is there.
     fn lost_nothing(mut self, site: &Site) {
         let output = {
-            let (mut out, mut err) = (String::new(), String::new());
             use std::io::Read;
+            let began = Instant::now();
+            let status = loop {
+                if let Some(status) = self.child.try_wait().unwrap() {
+                    break status;
+                }
+                if began.elapsed() > LOAD_ENDS_WITHIN {
+                    let busy =
+                        "select state, wait_event, xact_start, query from pg_stat_activity where state <> 'idle'";
+                    panic!("pgbench does not end: {:#?}", postgres(site).ask(busy));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            };
+            let (mut out, mut err) = (String::new(), String::new());
             self.child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
             self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
-            assert!(self.child.wait().unwrap().success(), "{out}{err}");
+            assert!(status.success(), "{out}{err}");
             out
         };
         let line = output.lines().find_map(|line| line.strip_prefix("number of transactions actually processed: "));

@@ -18,13 +18,13 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials};
 
 use super::copy::DiskCopy;
-use super::line::waiting_bytes;
+use super::line::{STUCK_AFTER, waiting_bytes};
 use super::proto::{self, Command, Errno, Negotiated, Request};
 use crate::capture::guard::{Guard, Slot};
 
@@ -245,42 +245,65 @@ impl Shared {
             }
             *state = State::Serving;
         }
-        let mut buffer = Vec::new();
+        let (mut buffer, mut before) = (Vec::new(), Duration::ZERO);
         loop {
             let head = peek_head(&socket)?;
-            let request = proto::request(&head).map_err(io::Error::other)?;
-            if request.command == Command::Disconnect {
-                return Ok(());
-            }
-            // Begun before it is taken from the socket: at no moment is it neither waiting nor under way.
-            self.count()?;
-            let payload = if request.command == Command::Write { request.len as usize } else { 0 };
-            buffer.resize(head.len() + payload, 0);
-            socket.read_exact(&mut buffer)?;
-            if request.changes() && request.refusal(self.copy.len()).is_none() {
-                self.set_owed(true);
-                socket.write_all(&request.reply(None))?;
-                self.count()?;
-                let made = self.perform(&request, &mut buffer);
-                if let Err((_, reason)) = &made {
-                    self.end_serving(reason.clone());
+            let begun = Instant::now();
+            let answered = self.answer(&mut socket, &head, &mut buffer);
+            // What is answered is made afterwards: the next request may find the connection shut down for that.
+            let took = begun.elapsed();
+            match answered {
+                Ok(true) => before = took,
+                Ok(false) => return Ok(()),
+                Err(error) if before.max(took) >= STUCK_AFTER => {
+                    let ms = before.max(took).as_millis();
+                    let reason = format!("writing took {ms} ms, and the guard lets the guest go on before: {error}");
+                    return Err(io::Error::other(reason));
                 }
-                self.set_owed(false);
-                made.map_err(|(_, reason)| io::Error::other(reason))?;
-                continue;
-            }
-            let outcome = self.perform(&request, &mut buffer);
-            self.count()?;
-            // The job ends with the first error: say why before QEMU knows, so that no cut takes the copy for whole.
-            if let Err((errno, reason)) = outcome {
-                self.end_serving(reason);
-                return socket.write_all(&request.reply(Some(errno)));
-            }
-            socket.write_all(&request.reply(None))?;
-            if request.command == Command::Read {
-                socket.write_all(&buffer[head.len()..])?;
+                Err(error) => return Err(error),
             }
         }
+    }
+
+    /// One request; false: it was the last one.
+    fn answer(
+        &self,
+        socket: &mut UnixStream,
+        head: &[u8; proto::REQUEST_BYTES],
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<bool> {
+        let request = proto::request(head).map_err(io::Error::other)?;
+        if request.command == Command::Disconnect {
+            return Ok(false);
+        }
+        // Begun before it is taken from the socket: at no moment is it neither waiting nor under way.
+        self.count()?;
+        let payload = if request.command == Command::Write { request.len as usize } else { 0 };
+        buffer.resize(head.len() + payload, 0);
+        socket.read_exact(buffer)?;
+        if request.changes() && request.refusal(self.copy.len()).is_none() {
+            self.set_owed(true);
+            socket.write_all(&request.reply(None))?;
+            self.count()?;
+            let made = self.perform(&request, buffer);
+            if let Err((_, reason)) = &made {
+                self.end_serving(reason.clone());
+            }
+            self.set_owed(false);
+            return made.map(|()| true).map_err(|(_, reason)| io::Error::other(reason));
+        }
+        let outcome = self.perform(&request, buffer);
+        self.count()?;
+        // The job ends with the first error: say why before QEMU knows, so that no cut takes the copy for whole.
+        if let Err((errno, reason)) = outcome {
+            self.end_serving(reason);
+            return socket.write_all(&request.reply(Some(errno))).map(|()| false);
+        }
+        socket.write_all(&request.reply(None))?;
+        if request.command == Command::Read {
+            socket.write_all(&buffer[head.len()..])?;
+        }
+        Ok(true)
     }
 
     /// Unlike [`Shared::end`] it leaves the connection open for an answer.

@@ -6,6 +6,7 @@
 mod codec;
 mod disk;
 mod failover;
+mod fanout;
 mod output;
 mod pause;
 mod qemu_mirror;
@@ -35,6 +36,8 @@ pub enum Benchmark {
     Switchover,
     /// Redis, PostgreSQL, gcc, an idle guest, random data, each with two shadows: pauses, lag, traffic, memory
     Workloads,
+    /// What a second and a third shadow cost the primary's host
+    Fanout,
     /// Holding a guest's output until it is committed: ping, requests, bulk TCP
     Output,
     /// What the mirroring of a disk costs the guest
@@ -43,11 +46,12 @@ pub enum Benchmark {
     Codec,
 }
 
-const ALL: [Benchmark; 7] = [
+const ALL: [Benchmark; 8] = [
     Benchmark::Pause,
     Benchmark::Failover,
     Benchmark::Switchover,
     Benchmark::Workloads,
+    Benchmark::Fanout,
     Benchmark::Output,
     Benchmark::Disk,
     Benchmark::Codec,
@@ -155,6 +159,7 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
             Benchmark::Failover => failover::run(&bench, rounds)?,
             Benchmark::Switchover => failover::run_switchover(&bench, rounds)?,
             Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
+            Benchmark::Fanout => fanout::run(&bench)?,
             Benchmark::Output => output::run(&bench)?,
             Benchmark::Disk => disk::run(&bench)?,
             Benchmark::Codec => codec::run(&bench, &options.workload, &options.replay)?,

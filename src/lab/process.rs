@@ -35,16 +35,24 @@ fn stat(pid: i32) -> Option<(char, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
+/// Processes that `parent` started and that run.
+pub fn children(parent: i32) -> Vec<i32> {
+    let is_child = |pid: &i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let of = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(1)?.parse().ok());
+        of == Some(parent)
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect()
+}
+
 /// A child of process `parent` whose first argument is `word`.
 pub fn child_with_word(parent: i32, word: &str) -> Option<i32> {
     let is_it = |pid: &i32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let of = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(1)?.parse().ok());
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        of == Some(parent) && line.split(|byte| *byte == 0).nth(1) == Some(word.as_bytes())
+        line.split(|byte| *byte == 0).nth(1) == Some(word.as_bytes())
     };
-    let entries = std::fs::read_dir("/proc").ok()?.flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(is_it)
+    children(parent).into_iter().find(is_it)
 }
 
 impl ProcessRef {

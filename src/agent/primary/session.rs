@@ -466,6 +466,11 @@ impl Session {
             self.totals = capturing.totals();
             capturing.detach(&self.context, &self.spec.uuid, false);
         }
+        // What is attached next begins with a Hello, of which a connection has one.
+        for link in self.links.values_mut() {
+            link.connected = false;
+            link.link.reset();
+        }
         self.attach_at = Instant::now() + TICK;
     }
 

@@ -13,7 +13,7 @@ use crate::lab::guest::Workload;
 use crate::lab::{GuestClient, Lab, image};
 
 const INTERVAL: Duration = Duration::from_millis(50);
-const SHADOWS: u32 = 2;
+pub(super) const SHADOWS: u32 = 2;
 const MEMORY_MIB: u32 = 1024;
 pub(super) const PRIMARY: &str = "host1";
 const PROTECTED_WITHIN: Duration = Duration::from_secs(240);
@@ -81,14 +81,14 @@ pub(super) fn run(bench: &Bench, names: &[String]) -> Result<()> {
 /// A lab of its own for each guest: what an agent keeps of one must not count for the next.
 pub(super) struct Stage {
     pub(super) lab: Lab,
-    fleet: Fleet,
+    pub(super) fleet: Fleet,
     client: GuestClient,
 }
 
-pub(super) fn stage(bench: &Bench, case: &Case) -> Result<Stage> {
-    let lab = bench.lab(3)?;
+pub(super) fn stage(bench: &Bench, case: &Case, shadows: u32) -> Result<Stage> {
+    let lab = bench.lab(shadows as u8 + 1)?;
     let fleet = Fleet::of(&lab)?;
-    fleet.wait_hosts(3, Duration::from_secs(30))?;
+    fleet.wait_hosts(shadows as usize + 1, Duration::from_secs(30))?;
     bench.say(&format!("{}: a guest of {MEMORY_MIB} MiB boots", case.name))?;
     let guest = bench.guest(&lab, case.name, PRIMARY, MEMORY_MIB, case.name)?;
     let client = lab.guest_client(guest.ip)?;
@@ -96,7 +96,7 @@ pub(super) fn stage(bench: &Bench, case: &Case) -> Result<Stage> {
 }
 
 fn measure(bench: &Bench, case: &Case) -> Result<()> {
-    let Stage { lab, fleet, mut client } = stage(bench, case)?;
+    let Stage { lab, fleet, mut client } = stage(bench, case, SHADOWS)?;
     let unprotected = Work::over(bench, &mut client, COMPARE_FOR, || Ok(()))?;
     let (alone_p50, alone_p99) = qemu_alone(bench, &lab, case.name)?;
     fleet.enable(case.name, PRIMARY, SHADOWS, INTERVAL)?;
@@ -223,7 +223,7 @@ impl Report<'_> {
 }
 
 fn record(bench: &Bench, case: &Case) -> Result<()> {
-    let stage = stage(bench, case)?;
+    let stage = stage(bench, case, SHADOWS)?;
     RECORDINGS.iter().try_for_each(|(interval, span)| record_at(bench, &stage, case, *interval, *span))
 }
 

@@ -139,7 +139,7 @@ fn record(bench: &Bench, case: &Case, folder: &Path) -> Result<Migrated> {
         lab_name: bench.lab_name.clone(),
         record_dir: Some(folder.to_owned()),
     };
-    let stage = workloads::stage(&recording, case)?;
+    let stage = workloads::stage(&recording, case, workloads::SHADOWS)?;
     bench.say(&format!("{}: works for {} s before it is recorded", case.name, WARM_UP.as_secs()))?;
     bench.sleep(WARM_UP)?;
     workloads::record_at(&recording, &stage, case, INTERVAL, RECORD_FOR)?;
