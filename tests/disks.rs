@@ -213,6 +213,8 @@ fn the_guest_writes_on_without_us_and_protection_comes_back() {
     bed.assert_equal_disks();
     let checked = records(&bed);
     println!("{checked:?}");
+    let log = std::fs::read_to_string(bed.lab.service_log("host2", "virtshadowd")).unwrap();
+    assert!(!log.contains("broke the protocol"), "{log}");
     bed.assert_guest_unharmed();
 }
 
