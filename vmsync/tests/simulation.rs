@@ -36,20 +36,20 @@ fn shadows_never_lie() {
 /// Its disk had filled up when the primary greeted: it waited for an image for ever.
 #[test]
 fn seed_1351_a_full_disk_at_the_greeting() {
-    World::new(1351, false).run();
+    World::without_frames(1351).run();
 }
 
 /// A way back that could not be read left what had been kept for it alone.
 #[test]
 fn seed_2064_a_refused_way_back() {
-    World::new(2064, false).run();
+    World::without_frames(2064).run();
 }
 
 /// A length was damaged on the way: the shadow waited for bytes that never came, and what else was sent to it passed for a
 /// sign of its life.
 #[test]
 fn seed_3620_a_shadow_that_waits_for_the_rest_of_a_message() {
-    World::new(3620, false).run();
+    World::without_frames(3620).run();
 }
 
 #[allow(clippy::disallowed_methods)] // the test's own parameters

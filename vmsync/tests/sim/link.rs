@@ -165,7 +165,12 @@ impl World {
             let next = link.to_target.next();
             link.unreadable = next.is_err();
             let event = match next {
-                Ok(Some(message)) => TargetEvent::Received { conn: ConnId(id), message },
+                Ok(Some(message)) => {
+                    if self.nodes[node].life == life {
+                        self.hears(node, id, &message.body);
+                    }
+                    TargetEvent::Received { conn: ConnId(id), message }
+                }
                 Ok(None) => return,
                 Err(error) => TargetEvent::Unreadable { conn: ConnId(id), error },
             };
@@ -173,6 +178,7 @@ impl World {
                 return;
             }
             self.target_event(node, event);
+            self.greeted(node);
         }
     }
 
@@ -271,6 +277,7 @@ impl World {
         link.up = false;
         let (node, life) = (link.node, link.node_life);
         if self.nodes[node].life == life {
+            self.nodes[node].heard.ended(id);
             self.target_event(node, TargetEvent::Disconnected { conn: ConnId(id) });
         }
     }

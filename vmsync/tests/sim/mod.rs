@@ -1,5 +1,6 @@
 //! The simulated world; see `simulation.rs`.
 
+mod frames;
 mod link;
 mod node;
 mod primary;
@@ -45,6 +46,7 @@ impl Rng {
 /// What happens at some moment. Generations tell what was meant for a former life of an agent.
 pub enum Ev {
     GuestWrites { primary: usize },
+    FramesCome { primary: usize },
     CutDue { primary: usize },
     Tick { primary: usize },
     ReadNow { primary: usize, life: u64, read: Read },
@@ -99,6 +101,8 @@ pub struct Nature {
 pub struct Moment {
     pub pages: Vec<u64>,
     pub device_state: Vec<u8>,
+    /// For the guest, told before the cut was planned.
+    pub frames: u64,
 }
 
 pub struct World {
@@ -107,6 +111,7 @@ pub struct World {
     pub trace: bool,
     pub layout: RamLayout,
     pub nature: Nature,
+    pub traffic: frames::Traffic,
     pub primaries: Vec<Primary>,
     pub nodes: Vec<Node>,
     pub links: BTreeMap<u64, Link>,
@@ -156,6 +161,8 @@ pub struct Seen {
     pub clock_jumps: u64,
     pub destroyed: u64,
     pub restarts: u64,
+    pub replays: u64,
+    pub frames_replayed: u64,
 }
 
 impl Seen {
@@ -202,6 +209,8 @@ impl Seen {
         s.clock_jumps += w.clock_jumps;
         s.destroyed += w.destroyed;
         s.restarts += w.restarts;
+        s.replays += w.replays;
+        s.frames_replayed += w.frames_replayed;
     }
 
     pub fn assert_everything_happened(&self, seeds: u64) {
@@ -240,6 +249,8 @@ impl Seen {
             ("clocks that jumped", self.clock_jumps),
             ("images destroyed", self.destroyed),
             ("restarts of a primary's agent", self.restarts),
+            ("promotions with frames to replay", self.replays),
+            ("frames to replay", self.frames_replayed / 10),
         ] {
             assert!(times >= seeds / 20, "too few {what}: {times} in {seeds} seeds");
         }
@@ -252,6 +263,15 @@ const PEERS: usize = 3;
 
 impl World {
     pub fn new(seed: u64, trace: bool) -> Self {
+        Self::with(seed, trace, frames::Traffic::new(seed))
+    }
+
+    /// Of seeds that are older than frames.
+    pub fn without_frames(seed: u64) -> Self {
+        Self::with(seed, false, frames::Traffic::none())
+    }
+
+    fn with(seed: u64, trace: bool, traffic: frames::Traffic) -> Self {
         let mut rng = Rng::new(seed);
         let block = |name: &str, pages: u64| RamBlock { name: name.into(), len_bytes: pages * 4096 };
         let layout = RamLayout::new(vec![block("pc.ram", 90), block("pc.bios", 3), block("vga.vram", 27)]).unwrap();
@@ -261,6 +281,7 @@ impl World {
             now: 0,
             trace,
             nature,
+            traffic,
             primaries: Vec::new(),
             nodes: Vec::new(),
             links: BTreeMap::new(),
@@ -336,6 +357,7 @@ impl World {
     fn handle(&mut self, ev: Ev) {
         match ev {
             Ev::GuestWrites { primary } => self.guest_writes(primary),
+            Ev::FramesCome { primary } => self.frames_come(primary),
             Ev::CutDue { primary } => self.cut_due(primary),
             Ev::Tick { primary } => self.primary_tick(primary),
             Ev::ReadNow { primary, life, read } => self.read_now(primary, life, read),

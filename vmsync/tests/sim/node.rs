@@ -9,6 +9,7 @@ use vmsync::state_record::StateRecord;
 use vmsync::target::{HashId, Left, Promotion, Target, TargetCloseReason, TargetEffect, TargetEvent};
 use vmsync::{Epoch, Keep, RamLayout, Term};
 
+use super::frames::Heard;
 use super::{Ev, GUEST, World, content, fresh_or_kept, keep, value};
 
 /// What survives the agent.
@@ -84,6 +85,7 @@ pub struct Node {
     /// Highest term of which something was committed here.
     commit_term: u64,
     pub promoted: bool,
+    pub heard: Heard,
 }
 
 impl Node {
@@ -102,6 +104,7 @@ impl Node {
             last_commit: None,
             commit_term: 0,
             promoted: false,
+            heard: Heard::default(),
         }
     }
 }
@@ -160,6 +163,7 @@ impl World {
             return;
         }
         n.life += 1;
+        n.heard = Heard::default();
         n.effects.clear();
         n.answers.clear();
         self.seen.crashes += 1;
@@ -174,6 +178,9 @@ impl World {
         let now = self.clock_of(node);
         let n = &mut self.nodes[node];
         let Some(target) = &mut n.target else { return };
+        if matches!(event, TargetEvent::ImageLost | TargetEvent::Promote { back_to: Some(_), .. }) {
+            n.heard.nothing();
+        }
         let mut effects = Vec::new();
         target.step(now, event, &mut effects);
         n.effects.extend(effects);
@@ -246,6 +253,9 @@ impl World {
         let n = &mut self.nodes[node];
         while n.effects.is_empty() {
             let (answer, target) = (n.answers.pop_front()?, n.target.as_mut()?);
+            if matches!(answer, TargetEvent::ImageLost) {
+                n.heard.nothing();
+            }
             let mut effects = Vec::new();
             target.step(now, answer, &mut effects);
             n.effects.extend(effects);
@@ -377,6 +387,7 @@ impl World {
                     // Only a connection that was replaced, and does not know it yet, may look like that.
                     assert_eq!(what, "a message before Hello");
                 }
+                self.nodes[node].heard.ended(conn.0);
                 self.target_closes(conn.0);
             }
             TargetEffect::Committed(commit) => {
@@ -388,6 +399,7 @@ impl World {
             TargetEffect::CommitLost => {
                 self.seen.commits_lost += 1;
                 self.nodes[node].last_commit = None;
+                self.nodes[node].heard.nothing();
                 self.log(|| format!("node {node} has lost its commit"));
             }
             TargetEffect::Promote(promotion) => self.promoted(node, promotion),
@@ -485,6 +497,7 @@ impl World {
         assert_eq!(&promotion.device_state.bytes[..], &moment.device_state[..]);
         self.seen.went_back += u64::from(promotion.newest != promotion.commit.epoch);
         self.check_storage(node);
+        self.check_frames(node, &promotion);
         self.term = promotion.term.get();
         self.seen.promotions += 1;
         self.nodes[node].promoted = true;

@@ -22,6 +22,8 @@ pub struct Primary {
     pub dirty: PageSet,
     pub epoch: u64,
     pub writes: u64,
+    /// For the guest, seen so far.
+    pub frames: u64,
     /// Node -> connection.
     pub links: BTreeMap<usize, u64>,
     pub peers: Vec<usize>,
@@ -44,6 +46,7 @@ impl World {
             dirty: PageSet::new(&self.layout),
             epoch: 0,
             writes: 0,
+            frames: 0,
             links: BTreeMap::new(),
             peers: peers.clone(),
             last_report: None,
@@ -53,6 +56,7 @@ impl World {
             self.at(1, Ev::Connect { primary: index, life: 0, node });
         }
         self.at(0, Ev::GuestWrites { primary: index });
+        self.at(2, Ev::FramesCome { primary: index });
         self.at(50, Ev::CutDue { primary: index });
         self.at(100, Ev::Tick { primary: index });
         let after = self.rng.between(200, 4_000);
@@ -139,13 +143,15 @@ impl World {
             return;
         }
         self.at(50, Ev::CutDue { primary });
+        let planned = self.primaries[primary].frames;
         let plan = self.primaries[primary].source.cut_plan();
+        self.frames_come_meanwhile(primary);
         let at = self.millis();
         let failed = self.nature.faults && self.rng.chance(self.nature.failed_cut_per_mille);
         match plan {
             CutPlan::Skip => {}
             CutPlan::Cut { extras } if !failed => {
-                let mut cut = self.make_cut(primary, &extras);
+                let mut cut = self.make_cut(primary, &extras, planned);
                 if self.nature.faults && self.rng.chance(10) && !cut.dirty.is_empty() {
                     cut.pages.clear(); // too many to be copied in a pause
                     self.history.remove(&(self.primaries[primary].lineage, cut.epoch.get()));
@@ -161,11 +167,11 @@ impl World {
         }
     }
 
-    fn make_cut(&mut self, primary: usize, extras: &PageSet) -> Cut {
+    fn make_cut(&mut self, primary: usize, extras: &PageSet, planned: u64) -> Cut {
         let p = &mut self.primaries[primary];
         p.epoch += 1;
         let device_state = format!("state of {} after {} writes", p.lineage, p.writes).into_bytes();
-        let moment = Moment { pages: p.pages.clone(), device_state: device_state.clone() };
+        let moment = Moment { pages: p.pages.clone(), device_state: device_state.clone(), frames: planned };
         self.history.insert((p.lineage, p.epoch), moment);
         let dirty = std::mem::replace(&mut p.dirty, PageSet::new(&self.layout));
         let (epoch, running) = (Epoch::new(p.epoch), p.writes.is_multiple_of(2));
