@@ -11,17 +11,46 @@
 
 use std::collections::VecDeque;
 
+use crate::bytes::{Put, Reader};
+
 /// Longest frame that is kept, bytes; of bulk transfers, whose frames are longer, TCP takes care by itself.
 pub const MAX_FRAME_BYTES: usize = 4096;
 /// Sent to a peer from one cut to the next at most.
 pub const MAX_SENT_BYTES: u64 = 64 << 10;
 /// What a short frame counts for at least.
 const LEAST_BYTES: u64 = 256;
+const MAX_SENT_FRAMES: usize = (MAX_SENT_BYTES / LEAST_BYTES) as usize;
+/// Longest body of a message: all that can be sent from one cut to the next.
+pub(crate) const MAX_BODY_BYTES: usize = MAX_SENT_BYTES as usize + 2 * MAX_SENT_FRAMES;
 /// Kept by a target at most, whatever its source says.
 const MAX_KEPT_BYTES: u64 = 256 << 10;
 
 fn cost(frame: &[u8]) -> u64 {
     (frame.len() as u64).max(LEAST_BYTES)
+}
+
+/// Frames that go together, each behind its length; of those that a [`Sent`] took.
+pub(crate) fn write(frames: &[Vec<u8>], out: &mut Vec<u8>) {
+    for frame in frames {
+        out.put_u16(frame.len() as u16); // at most MAX_FRAME_BYTES
+        out.extend_from_slice(frame);
+    }
+}
+
+pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Vec<Vec<u8>>, &'static str> {
+    let mut frames = Vec::new();
+    while !reader.rest().is_empty() {
+        let len = reader.u16().map_or(0, usize::from);
+        if !fits(len) || frames.len() == MAX_SENT_FRAMES {
+            return Err("it has too many frames, or one of a length that none has");
+        }
+        frames.push(reader.take(len).map_err(|_| "its last frame is cut short")?.to_vec());
+    }
+    if frames.is_empty() { Err("it has no frames") } else { Ok(frames) }
+}
+
+pub(crate) fn fits(len: usize) -> bool {
+    (1..=MAX_FRAME_BYTES).contains(&len)
 }
 
 /// How many frames, and what they count for.
@@ -40,14 +69,17 @@ pub(crate) struct Sent {
 }
 
 impl Sent {
-    /// Whether there is room for this frame, which then counts.
-    pub(crate) fn add(&mut self, frame: &[u8]) -> bool {
-        let bytes = self.all.bytes + cost(frame);
-        let fits = frame.len() <= MAX_FRAME_BYTES && bytes <= MAX_SENT_BYTES;
-        if fits {
-            self.all = Amount { frames: self.all.frames + 1, bytes };
-        }
-        fits
+    /// For how many of them, the first, there is room; those then count.
+    pub(crate) fn add(&mut self, frames: &[Vec<u8>]) -> usize {
+        let takes = |frame: &&Vec<u8>| {
+            let bytes = self.all.bytes + cost(frame);
+            let takes = fits(frame.len()) && bytes <= MAX_SENT_BYTES;
+            if takes {
+                self.all = Amount { frames: self.all.frames + 1, bytes };
+            }
+            takes
+        };
+        frames.iter().take_while(takes).count()
     }
 
     pub(crate) fn plan(&mut self) {
@@ -112,13 +144,13 @@ mod tests {
     fn a_cut_covers_what_came_before_it_was_planned() {
         let mut sent = Sent::default();
         assert_eq!(sent.cut(), None);
-        assert!(sent.add(&[1]) && sent.add(&[2]));
+        assert_eq!(sent.add(&[vec![1], vec![2]]), 2);
         sent.plan();
-        assert!(sent.add(&[3]));
+        assert_eq!(sent.add(&[vec![3]]), 1);
         assert_eq!(sent.cut(), Some(1));
         // A cut that was planned and failed; then another one.
         sent.plan();
-        assert!(sent.add(&[4]));
+        assert_eq!(sent.add(&[vec![4]]), 1);
         sent.plan();
         assert_eq!((sent.cut(), sent.cut()), (Some(0), None));
     }
@@ -126,11 +158,34 @@ mod tests {
     #[test]
     fn what_is_sent_is_bounded_until_the_next_cut() {
         let mut sent = Sent::default();
-        assert!(!sent.add(&[0; MAX_FRAME_BYTES + 1]));
-        assert_eq!((0..1000).filter(|_| sent.add(&[0; 60])).count() as u64, MAX_SENT_BYTES / LEAST_BYTES);
+        assert_eq!(sent.add(&[vec![], vec![0; MAX_FRAME_BYTES + 1]]), 0);
+        assert_eq!(sent.add(&vec![vec![0; 60]; 1000]), MAX_SENT_FRAMES);
         sent.plan();
         assert_eq!(sent.cut(), Some(0));
-        assert_eq!((0..1000).filter(|_| sent.add(&[0; 4096])).count(), 16);
+        assert_eq!(sent.add(&vec![vec![0; MAX_FRAME_BYTES]; 1000]), 16);
+        // Whatever is sent together fits a message.
+        for len in [1, 255, 256, 257, 1500, MAX_FRAME_BYTES] {
+            let frames = vec![vec![7; len]; 1000];
+            let mut body = Vec::new();
+            write(&frames[..Sent::default().add(&frames)], &mut body);
+            assert!(body.len() <= MAX_BODY_BYTES, "{len}: {}", body.len());
+        }
+    }
+
+    #[test]
+    fn frames_that_go_together_come_apart_again() {
+        let frames = vec![vec![1], vec![2; 300], vec![3; MAX_FRAME_BYTES]];
+        let mut body = Vec::new();
+        write(&frames, &mut body);
+        assert_eq!(read(&mut Reader::new(&body)), Ok(frames));
+        for len in (0..body.len()).filter(|len| ![3, 305].contains(len)) {
+            assert!(read(&mut Reader::new(&body[..len])).is_err(), "{len}");
+        }
+        for bad in [&[0, 0][..], &[1, 0, 5, 0, 0], &[1, 16], &[1], &[1, 0, 9].repeat(MAX_SENT_FRAMES + 1)] {
+            assert!(read(&mut Reader::new(bad)).is_err(), "{bad:?}");
+        }
+        assert!(read(&mut Reader::new(&[[1, 16].as_slice(), &[0; 4097]].concat())).is_err());
+        assert!(read(&mut Reader::new(&[1, 0, 9].repeat(MAX_SENT_FRAMES))).is_ok());
     }
 
     #[test]

@@ -59,8 +59,8 @@ pub enum SourceBody {
     VerifyRequest {
         seed: HashSeed,
     },
-    /// A frame on its way to the guest, in the driver's form; see [`crate::inbound`]. Not part of any epoch.
-    Inbound(Vec<u8>),
+    /// Frames on their way to the guest, in order, in the driver's form; see [`crate::inbound`]. Not part of any epoch.
+    Inbound(Vec<Vec<u8>>),
     /// The epoch whose Commit comes next covers all `Inbound` frames but the newest so many.
     InboundCovered {
         all_but: u32,
@@ -161,6 +161,7 @@ mod kind {
 
 pub(crate) const KIND_PAGES: u8 = kind::PAGES;
 pub(crate) const KIND_DEVICE_STATE: u8 = kind::DEVICE_STATE;
+pub(crate) const KIND_INBOUND: u8 = kind::INBOUND;
 
 const MAX_LAYOUT_BYTES: usize = 2 + MAX_BLOCKS * (2 + MAX_NAME_BYTES + 8);
 const MAX_HELLO_BYTES: usize = 8 + 16 + 2 * (2 + MAX_TEXT_BYTES) + 4 + MAX_LAYOUT_BYTES + 4 + MAX_DESCRIPTION_BYTES;
@@ -173,7 +174,7 @@ impl Body for SourceBody {
             kind::DEVICE_STATE => MAX_ENCODED_BYTES,
             kind::COMMIT => 12,
             kind::HASH_REQUEST | kind::VERIFY_REQUEST => 8,
-            kind::INBOUND => inbound::MAX_FRAME_BYTES,
+            kind::INBOUND => inbound::MAX_BODY_BYTES,
             kind::INBOUND_COVERED => 4,
             kind::PING => 0,
             _ => return None,
@@ -189,7 +190,7 @@ impl Body for SourceBody {
                 kind::COMMIT => Self::Commit(Chain { count: r.u32()?, checksum: r.u64()? }),
                 kind::HASH_REQUEST => Self::HashRequest { seed: HashSeed::new(r.u64()?) },
                 kind::VERIFY_REQUEST => Self::VerifyRequest { seed: HashSeed::new(r.u64()?) },
-                kind::INBOUND => Self::Inbound(read_rest(r)?),
+                kind::INBOUND => Self::Inbound(inbound::read(r).map_err(|what| WireError::Body { kind, what })?),
                 kind::INBOUND_COVERED => Self::InboundCovered { all_but: r.u32()? },
                 kind::PING => Self::Ping,
                 other => return Err(WireError::UnknownKind(other).into()),
@@ -232,8 +233,8 @@ impl Body for SourceBody {
                 out.put_u64(seed.get());
                 kind::VERIFY_REQUEST
             }
-            Self::Inbound(frame) => {
-                out.extend_from_slice(frame);
+            Self::Inbound(frames) => {
+                inbound::write(frames, out);
                 kind::INBOUND
             }
             Self::InboundCovered { all_but } => {
@@ -444,7 +445,7 @@ mod tests {
             SourceBody::Commit(Chain { count: 3, checksum: 9 }),
             SourceBody::HashRequest { seed: HashSeed::new(5) },
             SourceBody::VerifyRequest { seed: HashSeed::new(6) },
-            SourceBody::Inbound(vec![4; 60]),
+            SourceBody::Inbound(vec![vec![4; 60], vec![5]]),
             SourceBody::InboundCovered { all_but: 1 },
             SourceBody::Ping,
         ]

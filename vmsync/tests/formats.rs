@@ -80,7 +80,7 @@ fn source_bodies() -> Vec<SourceBody> {
         SourceBody::HashRequest { seed: HashSeed::new(9) },
         SourceBody::VerifyRequest { seed: HashSeed::new(9) },
         SourceBody::Ping,
-        SourceBody::Inbound(b"frame".to_vec()),
+        SourceBody::Inbound(vec![b"frame".to_vec(), b"another".to_vec()]),
         SourceBody::InboundCovered { all_but: 3 },
     ]
 }

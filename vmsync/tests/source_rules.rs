@@ -385,7 +385,7 @@ fn configurations_are_checked() {
 
 #[test]
 fn frames_for_the_guest_go_to_followers_and_a_cut_says_which_it_covers() {
-    let frame = |number: u8| SourceEvent::Inbound { frame: vec![number; 60] };
+    let frame = |number: u8| SourceEvent::Inbound { frames: vec![vec![number; 60]] };
     let covered = |effects: &[SourceEffect]| {
         let bodies = sent(effects);
         let is_one = |body: &SourceBody| matches!(body, SourceBody::InboundCovered { .. });
@@ -399,7 +399,7 @@ fn frames_for_the_guest_go_to_followers_and_a_cut_says_which_it_covers() {
     assert!(bench.step(frame(1)).is_empty());
 
     let mut bench = Bench::streaming();
-    assert_eq!(sent(&bench.step(frame(1))), [SourceBody::Inbound(vec![1; 60])]);
+    assert_eq!(sent(&bench.step(frame(1))), [SourceBody::Inbound(vec![vec![1; 60]])]);
     let cut = bench.make_cut(&[1], 2);
     // It came while the guest may have stood still.
     bench.step(frame(2));
@@ -410,9 +410,12 @@ fn frames_for_the_guest_go_to_followers_and_a_cut_says_which_it_covers() {
     assert_eq!(covered(&bench.cut(&[1], 4)), None, "nothing came");
 
     // Bounded from one cut to the next; and none that are long.
-    assert!(bench.step(SourceEvent::Inbound { frame: vec![0; 4097] }).is_empty());
+    assert!(bench.step(SourceEvent::Inbound { frames: vec![vec![0; 4097], vec![]] }).is_empty());
+    // What is too long is left out from between others; all others go in one message.
+    let together = SourceEvent::Inbound { frames: vec![vec![1; 60], vec![0; 4097], vec![2; 60]] };
+    assert_eq!(sent(&bench.step(together)), [SourceBody::Inbound(vec![vec![1; 60], vec![2; 60]])]);
     let taken = (0..1_000).filter(|_| !bench.step(frame(3)).is_empty()).count();
-    assert_eq!(taken, 256);
+    assert_eq!(taken, 254);
     // With a new connection it begins anew.
     bench.step(SourceEvent::Disconnected { peer: peer() });
     assert!(bench.step(frame(4)).is_empty());

@@ -447,7 +447,7 @@ fn a_lost_image_is_told_of_first_and_not_written_to() {
 
 #[test]
 fn frames_for_the_guest_are_kept_until_a_commit_covers_them() {
-    let frame = |number: u8| SourceBody::Inbound(vec![number; 60]);
+    let frame = |number: u8| SourceBody::Inbound(vec![vec![number; 60]]);
     let send = |bench: &mut Bench, bodies: &[SourceBody]| {
         bodies.iter().for_each(|body| {
             let effects = bench.send(1, 3, 1, body);
@@ -488,5 +488,46 @@ fn frames_for_the_guest_are_kept_until_a_commit_covers_them() {
             None => drop(bench.greet(2, 3, 50)),
         }
         assert_eq!(first(&mut bench), []);
+    }
+}
+
+/// Whatever a source says about them: bounded, in order, none twice, and nothing that has been handed out.
+#[test]
+fn a_hostile_source_neither_fills_memory_nor_changes_the_order_of_frames() {
+    let mut random = 0x5eed_u64;
+    let mut below = |bound: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % bound
+    };
+    for _ in 0..100 {
+        let (mut bench, mut epoch, mut number) = (Bench::committed(), 1, 0u32);
+        for _ in 0..below(60) {
+            match below(5) {
+                0 => {
+                    epoch += 1;
+                    bench.commit(1, epoch);
+                }
+                1 => {
+                    let all_but = [0, 1, below(300) as u32, u32::MAX][below(4) as usize];
+                    bench.send(1, 3, epoch, &SourceBody::InboundCovered { all_but });
+                }
+                _ => {
+                    let len = [4, 60, 4096][below(3) as usize];
+                    let mut frame = || {
+                        number += 1;
+                        [&number.to_be_bytes()[..], &vec![0; len - 4]].concat()
+                    };
+                    // As many as a message can hold.
+                    let frames = (0..=below((64 << 10) / (len as u64).max(256))).map(|_| frame()).collect();
+                    bench.send(1, 3, epoch, &SourceBody::Inbound(frames));
+                }
+            }
+        }
+        bench.step(TargetEvent::Promote { term: Term::new(4), after_epoch: Epoch::NONE, back_to: None });
+        let taken = bench.target.take_inbound();
+        let bytes: usize = taken.iter().map(|frame| frame.len().max(256)).sum();
+        assert!(bytes <= 256 << 10, "{bytes}");
+        assert!(taken.is_sorted_by(|a, b| a[..4] < b[..4]), "another order, or twice");
+        assert!(bench.target.take_inbound().is_empty());
     }
 }

@@ -338,7 +338,7 @@ impl Capturing {
 
     /// Frames on their way to the guest.
     pub(super) fn inbound(&mut self, frames: Vec<Vec<u8>>) {
-        frames.into_iter().for_each(|frame| self.step(SourceEvent::Inbound { frame }));
+        self.step(SourceEvent::Inbound { frames });
     }
 
     pub(super) fn cut_answered(&mut self, answer: CutAnswer, epochs: &mut EpochNumbers) {

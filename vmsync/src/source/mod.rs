@@ -205,10 +205,10 @@ pub enum SourceEvent {
         read: ReadId,
         pages: PageBatch,
     },
-    /// A frame is on its way to the guest: for shadows that follow, until a cut covers it. Longer ones than
-    /// [`MAX_FRAME_BYTES`](crate::inbound::MAX_FRAME_BYTES) are left out, and those beyond a bound.
+    /// Frames are on their way to the guest, in this order: for shadows that follow, until a cut covers them. Longer ones
+    /// than [`MAX_FRAME_BYTES`](crate::inbound::MAX_FRAME_BYTES) are left out, and those beyond a bound.
     Inbound {
-        frame: Vec<u8>,
+        frames: Vec<Vec<u8>>,
     },
     /// Time passed; at least every 100 ms.
     Tick,
@@ -378,7 +378,7 @@ impl Source {
             SourceEvent::Paced { coding_us, interval_us } => self.paced(coding_us, interval_us),
             SourceEvent::VerifyStart => self.verify_start(now, effects),
             SourceEvent::VerifyRead { read, pages } => self.verify_read(read, &pages, effects),
-            SourceEvent::Inbound { frame } => self.inbound(frame, effects),
+            SourceEvent::Inbound { frames } => self.inbound(frames, effects),
             SourceEvent::Tick => self.tick(now, effects),
         }
         Ok(())

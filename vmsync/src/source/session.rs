@@ -3,10 +3,11 @@
 use super::peer::{Filter, Peer, Phase};
 use super::{CloseReason, Source, SourceEffect};
 use crate::hashes::HashTable;
-use crate::message::{Hello, ImageState, RefuseCode, SourceBody, TargetBody, TargetMessage};
+use crate::inbound;
+use crate::message::{Hello, ImageState, KIND_INBOUND, RefuseCode, SourceBody, TargetBody, TargetMessage};
 use crate::page_set::PageSet;
 use crate::units::{Epoch, Millis, PageAddr, PageIndex, PeerId, Term};
-use crate::wire::{WireError, encode};
+use crate::wire::{Encoded, WireError, encode, encode_with};
 
 impl Source {
     pub(super) fn peer_added(&mut self, id: PeerId) {
@@ -107,17 +108,27 @@ impl Source {
         }
     }
 
-    /// A frame for the guest goes to those who follow, in the order of their streams.
-    pub(super) fn inbound(&mut self, frame: Vec<u8>, effects: &mut Vec<SourceEffect>) {
-        let limits = &self.config.limits;
-        let takes = |peer: &mut &mut Peer| peer.is_streaming() && peer.has_room(limits) && peer.inbound.add(&frame);
-        let takers: Vec<&mut Peer> =
-            self.peers.values_mut().filter_map(|mut peer| takes(&mut peer).then_some(peer)).collect();
-        if takers.is_empty() {
-            return;
+    /// Frames for the guest go to those who follow, in the order of their streams; what came together goes together.
+    pub(super) fn inbound(&mut self, mut frames: Vec<Vec<u8>>, effects: &mut Vec<SourceEffect>) {
+        frames.retain(|frame| inbound::fits(frame.len()));
+        let (limits, term, epoch) = (&self.config.limits, self.config.term, self.last_epoch);
+        // Who has been in step for as long has as much room: for them it is encoded once.
+        let mut encoded: Option<(usize, Encoded)> = None;
+        for peer in self.peers.values_mut().filter(|peer| peer.is_streaming() && peer.has_room(limits)) {
+            let taken = peer.inbound.add(&frames);
+            if taken == 0 {
+                continue;
+            }
+            encoded = encoded.filter(|(frames, _)| *frames == taken);
+            let (_, message) = encoded.get_or_insert_with(|| {
+                let write = |out: &mut Vec<u8>| {
+                    inbound::write(&frames[..taken], out);
+                    KIND_INBOUND
+                };
+                (taken, encode_with(term, epoch, write))
+            });
+            peer.send(message, effects);
         }
-        let message = encode(self.config.term, self.last_epoch, &SourceBody::Inbound(frame));
-        takers.into_iter().for_each(|peer| peer.send(&message, effects));
     }
 
     pub(super) fn tick(&mut self, now: Millis, effects: &mut Vec<SourceEffect>) {

@@ -103,10 +103,10 @@ impl Target {
             SourceBody::Commit(chain) => self.commit(epoch, chain, effects),
             SourceBody::HashRequest { seed } => self.hash_request(seed, effects),
             SourceBody::VerifyRequest { seed } => self.verify_request(epoch, seed, effects),
-            SourceBody::Inbound(frame) => {
+            SourceBody::Inbound(frames) => {
                 // Of no use to a shadow that cannot be promoted.
                 if self.committed().is_some() {
-                    self.inbound.add(frame);
+                    frames.into_iter().for_each(|frame| self.inbound.add(frame));
                 }
                 Ok(())
             }

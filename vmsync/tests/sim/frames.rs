@@ -99,12 +99,10 @@ impl World {
     fn tell_frames(&mut self, primary: usize) {
         let rare = self.traffic.rng.chance(5);
         let count = if rare { 400 } else { self.traffic.rng.between(1, self.traffic.most) };
-        for _ in 0..count {
-            let p = &mut self.primaries[primary];
-            p.frames += 1;
-            let frame = bytes((p.lineage, p.frames), self.traffic.len());
-            self.source_event(primary, SourceEvent::Inbound { frame });
-        }
+        let (p, traffic) = (&mut self.primaries[primary], &mut self.traffic);
+        let frames = (1..=count).map(|nth| bytes((p.lineage, p.frames + nth), traffic.len())).collect();
+        p.frames += count;
+        self.source_event(primary, SourceEvent::Inbound { frames });
     }
 
     /// Before the target has the message.
@@ -112,11 +110,11 @@ impl World {
         let n = &mut self.nodes[node];
         match body {
             SourceBody::Hello(_) => n.heard.greets = Some(link),
-            SourceBody::Inbound(frame) => {
-                assert!(frame.len() <= MAX_FRAME_BYTES);
+            SourceBody::Inbound(frames) => {
+                assert!(frames.iter().all(|frame| frame.len() <= MAX_FRAME_BYTES));
                 let committed = n.target.as_ref().is_some_and(|target| target.committed().is_some());
                 if committed && n.heard.open && n.heard.stream == Some(link) {
-                    n.heard.frames.push(parse(frame));
+                    n.heard.frames.extend(frames.iter().map(|frame| parse(frame)));
                 }
             }
             _ => {}
