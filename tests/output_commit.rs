@@ -316,6 +316,23 @@ fn with_consistency_first_nothing_leaves_without_its_quorum() {
     bed.assert_guest_unharmed();
 }
 
+/// Frames on their way to that interface are seen, for a replay.
+fn wait_seen(bed: &Bed, mac: &str) {
+    let output = |argv: &[&str]| String::from_utf8(bed.lab.exec("host1", argv).unwrap().stdout).unwrap();
+    let began = Instant::now();
+    loop {
+        // The host's end of a tap has another first byte.
+        let links = output(&["ip", "-o", "link"]);
+        let index = links.lines().find(|link| link.contains(&mac[2..])).and_then(|link| link.split(':').next());
+        let sockets = output(&["cat", "/proc/net/packet"]);
+        if index.is_some_and(|index| sockets.lines().any(|socket| socket.split_whitespace().nth(4) == Some(index))) {
+            return;
+        }
+        assert!(began.elapsed() < BACK_WITHIN, "no socket sees frames for {mac}:\n{links}{sockets}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// What is left in QEMU of that interface's filters and sockets.
 fn left_of(bed: &Bed, host: &str, netdev: &str) -> String {
     let sockets = bed.lab.virsh(host, &["qemu-monitor-command", GUEST, r#"{"execute":"query-chardev"}"#]).unwrap();
@@ -351,6 +368,7 @@ fn an_interface_that_is_plugged_in_is_held_and_unplugged_leaves_nothing() {
         wait_told(&format!("interface {MAC} is held"), round);
         assert_eq!(left_of(&bed, "host1", "hostnet1").split(' ').count(), 4, "{}", left_of(&bed, "host1", "hostnet1"));
         wait_holding(&bed);
+        wait_seen(&bed, MAC);
         if round == 1 {
             what_leaves_by_it_is_held(&bed, MAC);
         }
@@ -358,6 +376,7 @@ fn an_interface_that_is_plugged_in_is_held_and_unplugged_leaves_nothing() {
         wait_told(&format!("interface {MAC} is gone"), round);
         assert_eq!(left_of(&bed, "host1", "hostnet1"), "");
         wait_holding(&bed);
+        wait_seen(&bed, &bed.guest.mac);
     }
     // Those of the first one were there all along.
     assert_eq!(left_of(&bed, "host1", "hostnet0").split(' ').count(), 4);

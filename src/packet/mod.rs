@@ -1,6 +1,8 @@
 //! Frames on devices of this host: sent, and those on their way to a guest seen.
 
 mod inbound;
+#[cfg(test)]
+mod taps;
 
 use std::io;
 

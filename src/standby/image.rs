@@ -521,6 +521,29 @@ mod tests {
         };
         let mixed: Page = std::array::from_fn(|i| (i / 7) as u8);
         apply(&mut image, &[(ram, mixed), (bios, mixed), (hole, ZERO_PAGE)]);
+        // More of them than are fetched ahead, of all kinds, in memory that is mapped and that is not, to its very end.
+        let many: Vec<PageAddr> = [(0, 100..120), (1, 2..4), (0, 290..300)]
+            .into_iter()
+            .flat_map(|(block, pages)| pages.map(move |page| PageAddr::new(block, page)))
+            .collect();
+        for round in 0..3u32 {
+            let page_of = |nth: u32| -> Page {
+                match (nth + round) % 4 {
+                    0 => ZERO_PAGE,
+                    1 => [round as u8 + 1; PAGE_SIZE],
+                    2 => std::array::from_fn(|i| if i as u32 % 1000 == nth { round as u8 } else { (i / 9) as u8 }),
+                    _ => std::array::from_fn(|i| ((i as u32 ^ nth << 3).wrapping_mul(2_654_435_761) >> 13) as u8),
+                }
+            };
+            let pages: Vec<(PageAddr, Page)> = (0..).zip(&many).map(|(nth, addr)| (*addr, page_of(nth))).collect();
+            apply(&mut image, &pages);
+            for (addr, expected) in pages {
+                let mut page = ZERO_PAGE;
+                image.read_page(addr, &mut page).unwrap();
+                assert!(page == expected, "{addr} in round {round}");
+            }
+        }
+        apply(&mut image, &many.into_iter().map(|addr| (addr, ZERO_PAGE)).collect::<Vec<_>>());
         let (mut changed, mut first) = (mixed, ZERO_PAGE);
         changed[4095] ^= 1;
         first[77] = 3;
