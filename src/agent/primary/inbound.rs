@@ -11,18 +11,17 @@ use crate::packet::Capture;
 
 #[derive(Default)]
 pub(super) struct Inbound {
-    of: Vec<OutputNic>,
     capture: Option<Capture>,
 }
 
 impl Inbound {
-    /// The NICs whose frames are wanted by now.
+    /// NICs came or went: these are the ones whose frames are wanted by now. Also if they look the same: one that was taken
+    /// out and put back is seen no more where the former was.
     pub(super) fn follow(&mut self, guest: &str, nics: &[OutputNic], inputs: &Sender<Input>) {
-        if self.of == nics {
+        self.capture = None;
+        if nics.is_empty() {
             return;
         }
-        self.of = nics.to_vec();
-        self.capture = None;
         let devices = nics.iter().filter_map(|nic| Some((&*nic.mac, nic.device.as_deref()?)));
         let inputs = Mutex::new(inputs.clone());
         let tell = move || {

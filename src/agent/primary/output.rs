@@ -65,6 +65,8 @@ pub(super) struct Output {
     try_at: Instant,
     problem: String,
     /// NICs that the gate does not stand before, and why; looked at again then.
+    /// Which NICs it stands before has changed since that was asked.
+    nics_changed: bool,
     not_held: Vec<String>,
     look_at: Option<Instant>,
     figures: Figures,
@@ -122,6 +124,7 @@ impl Output {
             try_at: now,
             problem: String::new(),
             not_held: Vec::new(),
+            nics_changed: false,
             look_at: None,
             figures: Figures::default(),
             opened_total: 0,
@@ -192,6 +195,7 @@ impl Output {
                 return;
             }
         };
+        self.nics_changed |= !followed.plugged.is_empty() || !followed.unplugged.is_empty();
         for Plugged { mac, left_before } in &followed.plugged {
             let (level, what) = match left_before {
                 Some(0) => ("info", "before it sent anything".to_owned()),
@@ -245,6 +249,7 @@ impl Output {
                 self.not_held.clear();
                 self.look_at = Some(Instant::now());
                 self.gate = Some(gate);
+                self.nics_changed = true;
                 if holding && self.committer.mode() != &Mode::Holding {
                     self.committer = Committer::new(policy(&self.consistency), true);
                 }
@@ -260,6 +265,7 @@ impl Output {
                 self.problem = error;
                 // The one it was to replace no longer covers the guest.
                 if let Some(former) = self.gate.take() {
+                    self.nics_changed = true;
                     former.discard();
                 }
             }
@@ -298,6 +304,7 @@ impl Output {
             News::Lost { removed } => {
                 self.forget_marks();
                 self.gate = None;
+                self.nics_changed = true;
                 self.try_at = Instant::now() + AGAIN_AFTER;
                 self.problem = "the gate process was lost".into();
                 self.opened_total += 1;
@@ -341,9 +348,9 @@ impl Output {
         if available && holds { allowed.min(CUT_AT_MOST) } else { allowed }
     }
 
-    /// NICs whose output is held.
-    pub(super) fn nics(&self) -> &[OutputNic] {
-        self.gate.as_ref().map_or(&[], Gate::nics)
+    /// NICs whose output is held; none: the same as when this was asked before.
+    pub(super) fn changed_nics(&mut self) -> Option<&[OutputNic]> {
+        std::mem::take(&mut self.nics_changed).then(|| self.gate.as_ref().map_or(&[][..], Gate::nics))
     }
 
     pub(super) fn is_on(&self) -> bool {
@@ -398,6 +405,7 @@ impl Output {
         self.forget_marks();
         self.problem.clear();
         self.generation += 1;
+        self.nics_changed |= self.gate.is_some();
         match self.gate.take() {
             Some(gate) if flush => gate.remove(),
             Some(gate) => gate.discard(),

@@ -446,7 +446,9 @@ impl Session {
                 return Some(End::Superseded(newer_term));
             }
             self.output.keep_gate(&self.context, &self.inputs);
-            self.inbound.follow(&self.spec.domain, self.output.nics(), &self.inputs);
+            if let Some(nics) = self.output.changed_nics() {
+                self.inbound.follow(&self.spec.domain, nics, &self.inputs);
+            }
             let (cuts, now) = (capturing.take_cut_marks(), capturing.now());
             if let Some(at) = self.output.step(cuts, || capturing.source.peer_views(now)) {
                 capturing.cut_by(at);
