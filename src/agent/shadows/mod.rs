@@ -38,9 +38,17 @@ pub(super) struct Shared {
     pub(super) run_dir: std::path::PathBuf,
     pub(super) disk_dir: std::path::PathBuf,
     pub(super) libvirt: Arc<Libvirt>,
-    pub(super) report: Arc<dyn Fn(GuestEvent) + Send + Sync>,
+    report: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Promoted guests that are being announced and defined.
     pub(super) finishing: Mutex<BTreeMap<String, JoinHandle<()>>>,
+}
+
+impl Shared {
+    /// Tells the manager something about a guest, for people.
+    fn notice(&self, uuid: &str, level: &str, name: &str, message: String) {
+        let (uuid, level, name) = (Some(uuid.to_owned()), level.into(), name.into());
+        (self.report)(GuestEvent::Notice { uuid, level, name, message });
+    }
 }
 
 /// How a promotion went.
