@@ -35,8 +35,10 @@ use crate::layout::RamLayout;
 use crate::units::{Epoch, GuestUuid, Lineage, Millis, PAGE_SIZE, Page, PageAddr, Term};
 use crate::wire::Chain;
 
-/// Version of the records' layout.
-pub const UNDO_VERSION: u16 = 1;
+/// Version of the records that are made: their page frames are those of [`crate::journal`]'s version 3.
+pub const UNDO_VERSION: u16 = 2;
+/// Oldest version that is read: its page frames have no machine words, all else is the same.
+pub const UNDO_VERSION_OLDEST: u16 = 1;
 /// Length of a record's header, bytes.
 pub const UNDO_HEADER_BYTES: usize = 120;
 
@@ -135,7 +137,7 @@ impl<E, W: FnMut(&[u8]) -> Result<(), E>> Sink<W> {
 pub enum RecordError {
     #[error("it is not one of virt-shadow's, or its header is damaged")]
     Header,
-    #[error("it has version {0}; this build reads {UNDO_VERSION}")]
+    #[error("it has version {0}; this build reads {UNDO_VERSION_OLDEST} to {UNDO_VERSION}")]
     Version(u16),
     #[error("it belongs to guest {0}")]
     OtherGuest(GuestUuid),
@@ -243,7 +245,7 @@ impl UndoHead {
             return Err(RecordError::Header);
         }
         let version = reader.u16().map_err(short)?;
-        if version != UNDO_VERSION {
+        if !(UNDO_VERSION_OLDEST..=UNDO_VERSION).contains(&version) {
             return Err(RecordError::Version(version));
         }
         if header[SUMMED_BYTES..] != xxh3_64(&header[..SUMMED_BYTES]).to_le_bytes() {
@@ -402,6 +404,57 @@ mod tests {
         }
         let longer = [&bytes[..], &[0]].concat();
         assert!(UndoRecord::read(&longer, GUEST, &layout()).is_err());
+    }
+
+    #[test]
+    fn other_versions_are_refused_by_their_number() {
+        let mut bytes = small();
+        assert_eq!(bytes[4..6], UNDO_VERSION.to_le_bytes());
+        for version in [0, UNDO_VERSION + 1, u16::MAX] {
+            bytes[4..6].copy_from_slice(&version.to_le_bytes());
+            let error = UndoRecord::read(&bytes, GUEST, &layout()).unwrap_err();
+            assert_eq!(error, RecordError::Version(version));
+            assert!(error.to_string().contains("this build reads 1 to 2"), "{error}");
+        }
+    }
+
+    /// With a page as machine words in it.
+    fn with_words() -> Vec<u8> {
+        let mut encoder = Encoder::new(&layout(), MirrorBudget::Bytes(0), HashSeed::new(1), 1);
+        encoder.whole(PageAddr::new(0, 7), &page(2, 1));
+        let frame = FrameDecoder::new().decode(&encoder.finish()[0], &layout()).unwrap();
+        made(&undo(vec![frame]), &vec![words(); PAGES_OF_GUEST]).unwrap()
+    }
+
+    fn words() -> Page {
+        std::array::from_fn(|i| if i % 8 < 3 { (i / 8 * (i % 8 + 1)) as u8 } else { 0 })
+    }
+
+    /// Records that builds of both versions made: zstd's part of them is what it was then.
+    #[test]
+    fn records_of_both_versions_are_read() {
+        let unhex = |text: &str| -> Vec<u8> {
+            let text = text.trim();
+            (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap()).collect()
+        };
+        let first = unhex(include_str!("../../../fixtures/vmsync/undo-1.hex"));
+        let second = unhex(include_str!("../../../fixtures/vmsync/undo-2.hex"));
+        for (version, bytes, older, in_words) in [(1u16, first, page(3, 2), false), (2, second, words(), true)] {
+            assert_eq!(bytes[4..6], version.to_le_bytes());
+            let record = UndoRecord::read(&bytes, GUEST, &layout()).unwrap();
+            assert_eq!((record.head, record.device_state(&state(4))), (undo(vec![]).head, Ok(state(3))));
+            // Whole pages, with the encoding's bit of words.
+            assert_eq!(record.frames.iter().any(|frame| frame[0] == 2 && frame[1] & 2 != 0), in_words);
+            let mut image = vec![older; PAGES_OF_GUEST];
+            image[7] = page(if in_words { 2 } else { 3 }, 1);
+            record.frames(&layout()).for_each(|frame| apply(&mut image, &frame.unwrap()));
+            assert!(image[7] == older, "version {version}");
+        }
+        // And those that are made now are such ones.
+        assert!(
+            with_words()[..UNDO_HEADER_BYTES]
+                == unhex(include_str!("../../../fixtures/vmsync/undo-2.hex"))[..UNDO_HEADER_BYTES]
+        );
     }
 
     #[test]
