@@ -101,7 +101,6 @@ struct Stopped {
     device_state: Vec<u8>,
     at: Instant,
     held: Duration,
-    mappings: u64,
 }
 
 /// QEMU's pipe: our read end, and the number of the descriptor by which QEMU opens its write end for each cut.
@@ -324,10 +323,11 @@ impl Cutter {
     /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
     pub fn prepare(&mut self) -> Result<bool, CutError> {
         let (memory, mut ready) = (self.memory.clone(), false);
-        self.stopped(self.bound, |tracker, _, _| {
+        let work = |tracker: &mut dyn Tracker, _: &mut PageSet, _: &mut dyn FnMut()| {
             ready = tracker.prepare_part(&memory)?;
             Ok(())
-        })?;
+        };
+        self.stopped(self.bound, work, || ())?;
         Ok(ready)
     }
 
@@ -341,7 +341,7 @@ impl Cutter {
         // Room for the pages is made before the guest stops, for about as many as last time.
         let mut spare = PageBatch::with_capacity(self.pages_hint);
         let mut copiers = std::mem::take(&mut self.copiers);
-        let outcome = self.stopped(bound, |tracker, carried, let_qemu_go_on| {
+        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, let_qemu_go_on: &mut dyn FnMut()| {
             let began = Instant::now();
             mark = at_stop.as_ref().and_then(|at_stop| at_stop());
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
@@ -361,9 +361,12 @@ impl Cutter {
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             copy = began.elapsed() - scan;
             Ok(())
-        });
+        };
+        let mut mappings = None;
+        let outcome = self.stopped(bound, work, || mappings = Some(memory.mappings_digest()));
         self.copiers = copiers;
-        let Stopped { device_state, at, held, mappings } = outcome?;
+        let Stopped { device_state, at, held } = outcome?;
+        let mappings = mappings.ok_or_else(|| CutError::DeviceState("nothing was captured meanwhile".into()))??;
         self.carried.clear();
         let mut parts = parts.into_iter();
         let mut pages = parts.next().unwrap_or_default();
@@ -376,24 +379,25 @@ impl Cutter {
     pub fn collect(&mut self) -> Result<(PageSet, Instant), CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let outcome = self.stopped(self.bound, |tracker, carried, _| {
+        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, _: &mut dyn FnMut()| {
             let found = tracker.collect(&memory, carried);
             let on_disks = collect_disks(&memory, carried);
             dirty.union_with(carried);
             found?;
             Ok(on_disks?)
-        });
-        let at = outcome?.at;
+        };
+        let at = self.stopped(self.bound, work, || ())?.at;
         self.carried.clear();
         Ok((dirty, at))
     }
 
-    /// Runs `work` while the guest is stopped.
-    /// `work` may call its last argument to let QEMU write a part more of its state.
+    /// Runs `work` while the guest is stopped, and then `meanwhile` while QEMU writes the rest of its state, for longer
+    /// than a short look takes. `work` may call its last argument to let QEMU write a part more of its state.
     fn stopped(
         &mut self,
         bound: Duration,
         mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
+        mut meanwhile: impl FnMut(),
     ) -> Result<Stopped, CutError> {
         self.finish()?;
         self.pipe.empty().map_err(CutError::Pipe)?;
@@ -406,7 +410,6 @@ impl Cutter {
         self.unanswered = true;
         let mut worked = None;
         let mut began = None;
-        let mut mappings = None;
         let mut filled = 0;
         let mut closed = false;
         let mut state = Vec::with_capacity(self.state_bytes_hint);
@@ -425,8 +428,7 @@ impl Cutter {
                     worked = Some(work(&mut *self.tracker, &mut self.carried, &mut go_on));
                     filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
-                    // QEMU has the rest of its state to write, for longer than this takes.
-                    mappings = Some(self.memory.mappings_digest());
+                    meanwhile();
                 }
                 closed |= self.read_available(&mut state)? && !state.is_empty();
                 if closed && Ending::of(&state).is_some_and(|ending| self.ending == Some(ending)) {
@@ -450,7 +452,7 @@ impl Cutter {
             return Err(CutError::WatchdogFired(bound));
         }
         answer.transpose().map_err(CutError::Monitor)?;
-        let (Some(at), Some(worked), Some(mappings)) = (began, worked, mappings) else {
+        let (Some(at), Some(worked)) = (began, worked) else {
             return Err(CutError::DeviceState("QEMU answered without writing any".into()));
         };
         worked?;
@@ -466,7 +468,7 @@ impl Cutter {
         }
         self.ending = Ending::of(&state);
         self.state_bytes_hint = state.len() + 4096;
-        Ok(Stopped { device_state: state, at, held: ended - at, mappings: mappings? })
+        Ok(Stopped { device_state: state, at, held: ended - at })
     }
 
     /// Waits for the answer to the last command, which may come well after its state: what is left to do of a cut.
