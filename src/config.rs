@@ -79,6 +79,8 @@ pub struct AgentConfig {
     pub tracker: TrackerChoice,
     /// The longest a cut may keep a guest stopped before the watchdog lets it go, milliseconds.
     pub watchdog_ms: u64,
+    /// Of the threads that a stopped guest waits for, ours and QEMU's: `realtime` or `usual`.
+    pub priority: PriorityChoice,
     /// Where copies of guests' disks are kept, and the disks of shadows; on a disk of this host, with room for them.
     pub disk_dir: PathBuf,
     /// Bound of the first copy of each disk on its own host, MiB/s; 0: as fast as it goes.
@@ -93,6 +95,15 @@ pub enum TrackerChoice {
     Auto,
     Userfaultfd,
     Hash,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PriorityChoice {
+    /// The lowest real-time priority, as far as this daemon has the right to it.
+    RealTime,
+    /// As everything else on this host; pauses are longer when it is busy.
+    Usual,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -156,6 +167,7 @@ impl Default for AgentConfig {
             libvirt_uri: "qemu:///system".into(),
             tracker: TrackerChoice::Auto,
             watchdog_ms: 300,
+            priority: PriorityChoice::RealTime,
             disk_dir: "/var/lib/virt-shadow/disks".into(),
             disk_copy_mib_per_s: 200,
             record_dir: None,
@@ -281,6 +293,19 @@ mod tests {
         assert!(no_manager.contains("x.toml: agent.manager") && no_manager.contains("IP:PORT"), "{no_manager}");
         assert!(parse("host = \"h 1\"\n[manager]\nenabled = true").unwrap_err().contains("h 1"));
         assert!(parse("host = \"h1\"\n[manager]\nenabled = true\nsuspect_ms = 1").unwrap_err().contains("within"));
+    }
+
+    #[test]
+    fn priority_is_one_of_two_words() {
+        let agent = |line: &str| parse(&format!("host = \"h1\"\n[manager]\nenabled = true\n[agent]\n{line}"));
+        assert_eq!(agent("").unwrap().agent.priority, PriorityChoice::RealTime);
+        assert_eq!(agent("priority = \"usual\"").unwrap().agent.priority, PriorityChoice::Usual);
+        for wrong in ["priority = \"high\"", "priority = 1", "priority = true"] {
+            let error = agent(wrong).unwrap_err();
+            assert!(error.contains("x.toml") && error.contains(wrong), "{error}");
+        }
+        let error = agent("priority = \"high\"").unwrap_err();
+        assert!(error.contains("`realtime`") && error.contains("`usual`"), "{error}");
     }
 
     #[test]

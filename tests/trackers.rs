@@ -1,19 +1,54 @@
-//! Guests that are tracked or run in other ways than usual: by comparing hashes, and under KVM.
+//! Guests that are tracked or run in other ways than usual: by comparing hashes, without preferred threads, and under KVM.
 
+use std::cell::RefCell;
 use std::fs;
 use std::time::Duration;
 
+use virt_shadow::api::types::GuestView;
 use virt_shadow::lab::fleet::Fleet;
 use virt_shadow::lab::{GuestOptions, Lab, LabOptions};
 
 const WITHIN: Duration = Duration::from_secs(60);
 
+/// QEMU's process of a guest on a host of the lab.
+fn qemu(lab: &Lab, host: &str, guest: &str) -> i32 {
+    let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let init = lab.state().unwrap().running(host).unwrap().pid;
+    let named = format!("guest={guest},");
+    let is_it = |pid: &i32| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split('\0').any(|word| word.starts_with(&named)) && namespace(*pid) == namespace(init)
+    };
+    let numbers = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.into_iter().find(is_it).expect("QEMU runs")
+}
+
+/// Names of a process's threads that have another scheduling policy than the usual one (proc_pid_stat(5), field 41).
+fn preferred_threads(pid: i32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let stats = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
+    let preferred = |stat: &String| {
+        let (name, fields) = stat.rsplit_once(')')?;
+        (fields.split_whitespace().nth(38)? != "0").then(|| name.rsplit_once('(').unwrap_or_default().1.to_owned())
+    };
+    stats.filter_map(|stat| preferred(&stat)).collect()
+}
+
+fn preferred_by_agent(lab: &Lab) -> Vec<String> {
+    let agent = lab.service_pid("host1", "virtshadowd").unwrap().expect("the agent runs");
+    let guard = lab.companion_pid("host1", "guard").unwrap().expect("the guard runs");
+    [agent, guard].into_iter().flat_map(preferred_threads).collect()
+}
+
+/// Also with `priority = "usual"`: then nothing is preferred, ours or QEMU's.
 #[test]
 fn a_host_without_write_tracking_compares_hashes() {
     let lab = Lab::up(&LabOptions { hosts: 2, racks: 2, ..LabOptions::for_test("hash") }).unwrap();
     let fleet = Fleet::of(&lab).unwrap();
     fleet.wait_hosts(2, WITHIN).unwrap();
-    let config = ["sed", "-i", "s/tracker = .*/tracker = \"hash\"/", "/etc/virt-shadow/virtshadowd.toml"];
+    assert_ne!(preferred_by_agent(&lab), [""; 0], "threads hurry unless they are told not to");
+    let change = "s/tracker = .*/tracker = \"hash\"/; s/priority = .*/priority = \"usual\"/";
+    let config = ["sed", "-i", change, "/etc/virt-shadow/virtshadowd.toml"];
     assert!(lab.exec("host1", &config).unwrap().status.success());
     // The lab's init starts it again, with the changed file.
     let pid = lab.service_pid("host1", "virtshadowd").unwrap().unwrap();
@@ -27,7 +62,15 @@ fn a_host_without_write_tracking_compares_hashes() {
     let view = fleet.wait_protected("old", WITHIN).unwrap();
     assert_eq!(view.capture.tracker, "hash", "{}", view.capture.tracker_reason);
     let epoch = view.capture.epoch;
-    fleet.wait("old", "more epochs", WITHIN, |view| view.capture.epoch > epoch + 20).unwrap();
+    let (qemu, preferred) = (qemu(&lab, "host1", "old"), RefCell::new(Vec::new()));
+    let look = |view: &GuestView| {
+        preferred.borrow_mut().extend(preferred_threads(qemu));
+        view.capture.epoch > epoch + 20
+    };
+    fleet.wait("old", "more epochs", WITHIN, look).unwrap();
+    let mut preferred = preferred.into_inner();
+    preferred.extend(preferred_by_agent(&lab));
+    assert_eq!(preferred, [""; 0], "although the configuration says \"usual\"");
     let report = fleet.verify("old").unwrap();
     assert!(report.shadows.iter().all(|shadow| shadow.equal), "{report:?}");
 }

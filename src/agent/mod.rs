@@ -26,7 +26,8 @@ use tokio::sync::watch;
 
 use crate::api::control::{GuestEvent, GuestRecord, Heartbeat, Inventory, Role};
 use crate::api::link::{AgentLink, AgentStatus, LinkOptions, StartRefusal};
-use crate::config::Config;
+use crate::capture::priority;
+use crate::config::{Config, PriorityChoice};
 use crate::hypervisor::{HypervisorEvent, Lifecycle, Started};
 use crate::transport::Security;
 
@@ -61,6 +62,10 @@ pub fn start(
     shutdown: watch::Receiver<bool>,
 ) -> anyhow::Result<(Arc<Agent>, AgentLink)> {
     let options = LinkOptions::from_config(config, security.clone()).context("agent.manager is not configured")?;
+    // Before anything starts a thread or a process that would hurry.
+    if config.agent.priority == PriorityChoice::Usual {
+        priority::forbid();
+    }
     std::fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot create {}", config.run_dir.display()))?;
     let records = Arc::new(Records::open(&config.state_dir)?);
     let link: Arc<OnceLock<AgentLink>> = Arc::default();

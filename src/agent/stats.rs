@@ -1,5 +1,7 @@
 //! Figures of one protected guest: pauses as QEMU's own events tell them, dirty pages, totals.
 
+use std::time::Duration;
+
 use crate::api::types::{DirtyPages, Percentiles};
 
 /// So many of the newest values count for percentiles; a ring of fixed size.
@@ -73,6 +75,22 @@ impl Pauses {
 
     pub fn record(&mut self, pause_us: u64) {
         self.recent.record(pause_us);
+    }
+
+    pub fn percentiles(&mut self) -> Percentiles {
+        self.recent.percentiles()
+    }
+}
+
+/// How long a part of each pause took, microseconds.
+#[derive(Debug, Default)]
+pub struct Parts {
+    recent: Recent,
+}
+
+impl Parts {
+    pub fn record(&mut self, took: Duration) {
+        self.recent.record(took.as_micros() as u64);
     }
 
     pub fn percentiles(&mut self) -> Percentiles {

@@ -214,6 +214,11 @@ pub struct CaptureStats {
     /// Newest epoch that was cut.
     pub epoch: u64,
     pub pause_us: Percentiles,
+    /// Of the pauses: finding the written pages, for which QEMU waits, and copying them, while it writes its state.
+    #[serde(default)]
+    pub search_us: Percentiles,
+    #[serde(default)]
+    pub copy_us: Percentiles,
     pub dirty_pages: DirtyPages,
     /// Page bytes before encoding, and bytes put on the wire to all shadows, since protection began.
     pub raw_bytes_total: u64,

@@ -11,6 +11,7 @@
 //! read the pipe until QEMU has closed it  closes it, starts the guest
 //! guard.has_fired ------------------------------------> void if it fired; if not, the cut is there
 //!                        <-- reply ----
+//! read the disks' pages, as they were ([`crate::disk::copy`])
 //! guard.end
 //! ```
 //! Whatever fails in between, the guest is started by QEMU itself; the pages found are carried into the next cut.
@@ -35,8 +36,8 @@ use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
 use super::priority;
 use super::tracker::{LiveReads, Tracker, TrackerError};
-use crate::disk::DiskProblem;
 use crate::disk::line::waiting_bytes;
+use crate::disk::{DiskProblem, DiskSet};
 
 /// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
 pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
@@ -45,7 +46,7 @@ pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 pub use vmsync::device_state::MAX_DEVICE_STATE_BYTES;
 /// What an unprivileged pipe may have at most by the kernel's default.
 const WIDE_PIPE_BYTES: i32 = 1 << 20;
-/// Pages written on disks whose contents a cut takes; with more it only tells which: they are read while the guest runs.
+/// Pages written on disks whose contents a cut takes, right after it; with more it only tells which, and they are read later.
 const DISK_PAGES_MAX: u64 = 8192;
 /// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.
 const QUIET_FOR: Duration = Duration::from_millis(20);
@@ -226,18 +227,38 @@ fn collect_disks(memory: &GuestMemory, written: &mut PageSet) -> Result<(), Disk
     }
 }
 
+/// Pages of disks whose contents at a cut can be read after it, until this is dropped.
+struct Held<'a>(Option<&'a DiskSet>);
+
+impl<'a> Held<'a> {
+    fn hold(memory: &'a GuestMemory, pages: &PageSet) -> Self {
+        let disks = memory.disks().filter(|(disks, _)| disks.is_ready() && !disks.is_empty());
+        if let Some((disks, first)) = disks {
+            disks.hold(first, pages);
+        }
+        Self(disks.map(|(disks, _)| &**disks))
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(disks) = self.0 {
+            disks.release();
+        }
+    }
+}
+
 /// The contents of `pages`, in parts whose order is theirs.
 fn copy_pages(
     memory: &GuestMemory,
     copiers: &mut Copiers,
-    pages: &PageSet,
+    pages: Vec<PageAddr>,
     spare: PageBatch,
 ) -> Result<Vec<PageBatch>, CutError> {
-    let hands = crew::worth(pages.len() * PAGE_SIZE as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
+    let hands = crew::worth((pages.len() * PAGE_SIZE) as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
     if hands == 1 {
-        return Ok(vec![memory.read(pages.iter(), spare)?]);
+        return Ok(vec![memory.read(pages.into_iter(), spare)?]);
     }
-    let pages: Vec<PageAddr> = pages.iter().collect();
     let mut spare = Some(spare);
     let part = |pages: &[PageAddr]| (pages.to_vec(), spare.take().unwrap_or_default());
     let parts: Vec<_> = pages.chunks(pages.len().div_ceil(hands)).map(part).collect();
@@ -341,6 +362,7 @@ impl Cutter {
         // Room for the pages is made before the guest stops, for about as many as last time.
         let mut spare = PageBatch::with_capacity(self.pages_hint);
         let mut copiers = std::mem::take(&mut self.copiers);
+        let mut for_later = None;
         let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, let_qemu_go_on: &mut dyn FnMut()| {
             let began = Instant::now();
             mark = at_stop.as_ref().and_then(|at_stop| at_stop());
@@ -357,7 +379,9 @@ impl Cutter {
             if dirty.len() - in_memory > DISK_PAGES_MAX {
                 return Ok(());
             }
-            parts = copy_pages(&memory, &mut copiers, &dirty, std::mem::take(&mut spare))?;
+            for_later = Some(Held::hold(&memory, &dirty));
+            let in_ram = dirty.iter().filter(|page| !memory.is_disk(*page)).collect();
+            parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spare))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             copy = began.elapsed() - scan;
             Ok(())
@@ -367,11 +391,18 @@ impl Cutter {
         self.copiers = copiers;
         let Stopped { device_state, at, held } = outcome?;
         let mappings = mappings.ok_or_else(|| CutError::DeviceState("nothing was captured meanwhile".into()))??;
+        // The guest runs again, and writes to its disks.
+        let of_disks = match for_later {
+            Some(_) => memory.read(dirty.iter().filter(|page| memory.is_disk(*page)), PageBatch::new())?,
+            None => PageBatch::new(),
+        };
+        drop(for_later);
         self.carried.clear();
         let mut parts = parts.into_iter();
         let mut pages = parts.next().unwrap_or_default();
         parts.for_each(|part| pages.append(part));
         self.pages_hint = pages.len() + pages.len() / 4;
+        pages.append(of_disks);
         Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mappings, mark })
     }
 

@@ -59,7 +59,8 @@ impl GuestMemory {
         self.disks.as_ref().map(|disks| (disks, self.addresses.len()))
     }
 
-    fn is_disk(&self, page: PageAddr) -> bool {
+    /// Whether this page is read from the copy of a disk.
+    pub fn is_disk(&self, page: PageAddr) -> bool {
         page.block.as_usize() >= self.addresses.len()
     }
 

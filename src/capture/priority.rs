@@ -1,12 +1,13 @@
 //! Who runs first while a guest stands still: the agent's threads that it waits for, and QEMU's main thread, which
 //! writes its state. Without the right to it (CAP_SYS_NICE), or where a control group gives no real-time share, all run
-//! as others do, and pauses are longer on a busy host.
+//! as others do, and pauses are longer on a busy host; so does all of an agent whose configuration says so ([`forbid`]).
 //!
 //! QEMU's thread is preferred for the time of a cut only, by the guard, which outlives an agent that stopped or died
 //! ([`super::guard`]); and while a promoted shadow loads its state, by the agent, whose successor takes it back. SCHED_RESET_ON_FORK keeps what the thread starts at the usual priority, and tells the policy we set
 //! from one that an operator set.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::time::ClockId;
@@ -15,8 +16,24 @@ use nix::time::ClockId;
 const PRIORITY: libc::c_int = 1;
 const OURS: libc::c_int = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
 
+/// Whether this process may prefer any thread.
+static ALLOWED: AtomicBool = AtomicBool::new(true);
+
+/// From now on this process, and those that it starts as its companions, prefer no thread; for a process that has preferred
+/// none yet.
+pub fn forbid() {
+    ALLOWED.store(false, Ordering::Relaxed);
+}
+
+pub fn is_allowed() -> bool {
+    ALLOWED.load(Ordering::Relaxed)
+}
+
 /// Lets this thread run as soon as it can. It works for a millisecond at a time, and the guard bounds it.
 pub fn hurry() {
+    if !is_allowed() {
+        return;
+    }
     if let Err(error) = set(0, OURS, PRIORITY) {
         tracing::debug!(%error, "cuts run at the usual priority");
     }
@@ -24,12 +41,12 @@ pub fn hurry() {
 
 /// Prefers thread `tid` until [`usual`]; a thread whose policy is not the usual one is left alone.
 pub fn prefer(tid: libc::pid_t) {
-    if policy(tid) == Some(libc::SCHED_OTHER) {
+    if is_allowed() && policy(tid) == Some(libc::SCHED_OTHER) {
         let _ = set(tid, OURS, PRIORITY);
     }
 }
 
-/// Undoes [`prefer`], if that is what the thread has.
+/// Undoes [`prefer`], if that is what the thread has, whoever did it.
 pub fn usual(tid: libc::pid_t) {
     if policy(tid) == Some(OURS) {
         let _ = set(tid, libc::SCHED_OTHER, 0);

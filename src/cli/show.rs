@@ -100,6 +100,7 @@ pub fn guest(guest: &GuestView, quiet: bool) -> String {
             let pause = capture.pause_us;
             format!("p50 {}, p99 {}, max {}", ms(pause.p50), ms(pause.p99), ms(pause.max))
         }),
+        ("Of a pause", format!("search p50 {}, copy p50 {}", ms(capture.search_us.p50), ms(capture.copy_us.p50))),
         ("Dirty pages", format!("{} last, {:.0} mean", capture.dirty_pages.last, capture.dirty_pages.mean)),
         ("Pages", format!("{} raw, {} sent", bytes(capture.raw_bytes_total), bytes(capture.wire_bytes_total))),
         (

@@ -199,6 +199,22 @@ impl DiskSet {
         Ok(())
     }
 
+    /// After [`Self::collect`], while the guest is still stopped: until [`Self::release`] these pages are read as they are now.
+    pub fn hold(&self, first: usize, pages: &PageSet) {
+        let mut held = vec![Vec::new(); self.disks.len()];
+        for (page, count) in pages.ranges() {
+            let disk = page.block.as_usize().checked_sub(first);
+            if let Some(ranges) = disk.and_then(|disk| held.get_mut(disk)) {
+                ranges.push((page.page.get().into(), count));
+            }
+        }
+        self.disks.iter().zip(held).for_each(|(disk, ranges)| disk.copy.hold(ranges));
+    }
+
+    pub fn release(&self) {
+        self.disks.iter().for_each(|disk| disk.copy.release());
+    }
+
     /// Adds the contents of `count` pages from `page` on, of the disk with that number.
     pub fn read(&self, disk: usize, page: PageAddr, count: usize, bytes: &mut Vec<u8>) -> io::Result<()> {
         let disk = self.disks.get(disk).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;

@@ -26,7 +26,7 @@ use super::session::{Input, Session, TICK};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
-use crate::agent::stats::{Dirty, Pauses, PeakLags, Rate};
+use crate::agent::stats::{Dirty, Parts, Pauses, PeakLags, Rate};
 use crate::api::control::PrimaryStatus;
 use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::advice::huge_pages;
@@ -61,6 +61,8 @@ pub(super) struct Totals {
     epochs: u64,
     watchdog_fired: u64,
     pauses: Pauses,
+    searches: Parts,
+    copies: Parts,
     dirty: Dirty,
 }
 
@@ -379,6 +381,8 @@ impl Capturing {
         let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mappings, mark } = captured;
         tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
+        self.totals.searches.record(scan);
+        self.totals.copies.record(copy);
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
         if mappings != self.mappings {
             self.mappings = mappings;
@@ -614,8 +618,7 @@ impl Capturing {
             wire_bytes: self.before.1 + own.wire_bytes,
             epochs: self.before.2 + own.epochs,
             watchdog_fired: self.totals.watchdog_fired,
-            pauses: Pauses::default(),
-            dirty: Dirty::default(),
+            ..Totals::default()
         }
     }
 
@@ -632,6 +635,8 @@ impl Capturing {
         status.stats = CaptureStats {
             epoch,
             pause_us: self.totals.pauses.percentiles(),
+            search_us: self.totals.searches.percentiles(),
+            copy_us: self.totals.copies.percentiles(),
             dirty_pages: self.totals.dirty.view(),
             raw_bytes_total: self.before.0 + own.raw_bytes,
             wire_bytes_total: self.before.1 + own.wire_bytes,

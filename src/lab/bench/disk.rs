@@ -10,10 +10,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use super::pause::{Watched, p50_and_p99};
 use super::qemu_mirror::Alone;
 use super::workloads::cpu_s;
 use super::{Bench, Row, answers_per_s};
 use crate::capture::priority::thread_cpu;
+use crate::hypervisor::HypervisorError;
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::{GuestClient, GuestDisk, GuestOptions, Lab, StartedGuest};
@@ -71,19 +73,29 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     };
     protect()?;
     bench.say("now protected, an epoch every 50 ms")?;
+    let watched = Watched::start(&lab, "host1").map_err(watching)?;
     let protected = measure(&mut client)?;
-    let view = fleet.info(GUEST)?;
+    let pauses = watched.take();
     fleet.disable(GUEST)?;
-    bench.say("unprotected again")?;
+    bench.say("unprotected again, then mirrored and cut by QEMU alone")?;
     let again = measure(&mut client)?;
+    let mirrored = Alone::start(&lab, "host1", GUEST, INTERVAL)?;
+    let by_qemu = measure(&mut client)?;
+    let pauses_by_qemu = mirrored.end()?;
+    let at_last = measure(&mut client)?;
     let row = |name: &str, of: fn(&Measured) -> f64, unit: &str| {
         compared(name, of(&protected), (of(&alone), of(&again)), unit)
     };
     bench.print(&row("synced writes while protected", |m| m.fsyncs, "/s").at_least(50.0));
     bench.print(&row("sequential write while protected", |m| m.write, "MB/s").at_least(50.0));
     bench.print(&row("sequential read while protected", |m| m.read, "MB/s").at_least(80.0));
-    bench.print(&Row::new("pause p50", view.capture.pause_us.p50 as f64 / 1e3, "ms"));
-    bench.print(&Row::new("pause p99", view.capture.pause_us.p99 as f64 / 1e3, "ms"));
+    bench.print(&compared(
+        "synced writes, mirrored and cut by QEMU alone",
+        by_qemu.fsyncs,
+        (again.fsyncs, at_last.fsyncs),
+        "/s",
+    ));
+    print_pauses(bench, "pause", pauses, pauses_by_qemu)?;
 
     protect()?;
     power_cut(bench, &lab, &fleet, &guest)?;
@@ -98,6 +110,20 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let redis = lab.guest(&redis, true)?;
     bench.say("redis, each write synced, fifty connections outside: unprotected, protected, cut by QEMU alone, ...")?;
     redis_phases(bench, &lab, &fleet, &redis)
+}
+
+fn watching(error: HypervisorError) -> LabError {
+    LabError::Product(format!("watching the guest's pauses: {error}"))
+}
+
+/// Pauses of a protected guest beside those of the same guest mirrored and cut by QEMU alone, in microseconds.
+fn print_pauses(bench: &Bench, name: &str, ours: Vec<u64>, by_qemu: Vec<u64>) -> Result<()> {
+    let (ours, by_qemu) = (p50_and_p99(ours)?, p50_and_p99(by_qemu)?);
+    for (which, ours, by_qemu) in [("p50", ours.0, by_qemu.0), ("p99", ours.1, by_qemu.1)] {
+        let row = Row::new(format!("{name} {which}, disk mirrored"), ours as f64 / 1e3, "ms");
+        bench.print(&row.beside("ms mirrored and cut by QEMU alone", by_qemu as f64 / 1e3));
+    }
+    Ok(())
 }
 
 /// Percent of the mean of what was measured right before and after.
@@ -118,11 +144,15 @@ fn redis_phases(bench: &Bench, lab: &Lab, fleet: &Fleet, guest: &StartedGuest) -
     let ask = || requests(lab, guest);
     let (mut unprotected, mut protected, mut alone, mut beside) = (vec![ask()?], vec![], vec![], vec![]);
     let mut shares = (0.0, 0.0);
+    let watched = Watched::start(lab, "host1").map_err(watching)?;
+    let (mut pauses, mut pauses_by_qemu) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         fleet.enable(REDIS, "host1", 1, INTERVAL)?;
         fleet.wait_protected(REDIS, WITHIN)?;
         let (began, before) = (Instant::now(), (cpu_of(of_host1)?, cpu_of(of_standby)?));
+        watched.take();
         protected.push(ask()?);
+        pauses.extend(watched.take());
         let elapsed_s = began.elapsed().as_secs_f64();
         shares.0 += (cpu_of(of_host1)? - before.0) / elapsed_s / ROUNDS as f64;
         let standby = (cpu_of(of_standby)? - before.1) / elapsed_s;
@@ -131,7 +161,7 @@ fn redis_phases(bench: &Bench, lab: &Lab, fleet: &Fleet, guest: &StartedGuest) -
         unprotected.push(ask()?);
         let mirrored = Alone::start(lab, "host1", REDIS, INTERVAL)?;
         alone.push(ask()?);
-        mirrored.end()?;
+        pauses_by_qemu.extend(mirrored.end()?);
         unprotected.push(ask()?);
         beside.push(while_busy(standby, ask)?);
         unprotected.push(ask()?);
@@ -145,6 +175,7 @@ fn redis_phases(bench: &Bench, lab: &Lab, fleet: &Fleet, guest: &StartedGuest) -
     bench.print(&row("redis: synced SETs while protected", &protected, 0).at_least(90.0));
     bench.print(&row("redis: mirrored and cut by QEMU alone", &alone, 1));
     bench.print(&row("redis: beside as much work as the standby's", &beside, 2));
+    print_pauses(bench, "redis: pause", pauses, pauses_by_qemu)?;
     let percent = |name: &str, share: f64| Row::new(name, share * 100.0, "%");
     bench.print(&percent("a processor, by agent and libvirtd here", shares.0));
     bench.print(&percent("a processor, by the same of the standby", shares.1));

@@ -113,40 +113,61 @@ fn sizes(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// The floor under every cut: how long QEMU itself stops the guest to write its device state, with nobody scanning or
-/// copying, as its STOP and RESUME events tell it. p50 and p99 in microseconds.
-pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(u64, u64)> {
-    let failed = |error: HypervisorError| LabError::Product(format!("the guest without protection: {error}"));
-    bench.say("the same cuts by QEMU alone")?;
-    let hypervisor = Hypervisor::connect(&lab.libvirt_uri("host1")).map_err(failed)?;
-    let seen: Arc<Mutex<(Option<u64>, Vec<u64>)>> = Arc::default();
-    let sink = Arc::clone(&seen);
-    let subscribed = hypervisor.subscribe(Arc::new(move |event| {
-        if let HypervisorEvent::Monitor { event, time_us, .. } = event {
-            let mut seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
-            match event.as_str() {
-                "STOP" => seen.0 = Some(time_us),
-                "RESUME" => {
-                    let stopped = seen.0.take();
-                    seen.1.extend(stopped.map(|at| time_us.saturating_sub(at)));
+/// Pauses of the guests of one host, as QEMU's STOP and RESUME events tell them, whoever cuts.
+pub(super) struct Watched {
+    pub(super) hypervisor: Arc<Hypervisor>,
+    seen: Arc<Mutex<(Option<u64>, Vec<u64>)>>,
+}
+
+impl Watched {
+    pub(super) fn start(lab: &Lab, host: &str) -> std::result::Result<Self, HypervisorError> {
+        let hypervisor = Hypervisor::connect(&lab.libvirt_uri(host))?;
+        let seen: Arc<Mutex<(Option<u64>, Vec<u64>)>> = Arc::default();
+        let sink = Arc::clone(&seen);
+        hypervisor.subscribe(Arc::new(move |event| {
+            if let HypervisorEvent::Monitor { event, time_us, .. } = event {
+                let mut seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
+                match event.as_str() {
+                    "STOP" => seen.0 = Some(time_us),
+                    "RESUME" => {
+                        let stopped = seen.0.take();
+                        seen.1.extend(stopped.map(|at| time_us.saturating_sub(at)));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
-        }
-    }));
-    subscribed.map_err(failed)?;
-    let domain = hypervisor.lookup(guest).map_err(failed)?;
-    for _ in 0..CUTS_ALONE {
-        let arguments = serde_json::json!({"filename": "/dev/null", "live": false});
-        domain.qmp_call("xen-save-devices-state", arguments).map_err(failed)?;
-        bench.sleep(INTERVAL)?;
+        }))?;
+        Ok(Self { hypervisor, seen })
     }
-    let mut pauses = std::mem::take(&mut seen.lock().unwrap_or_else(PoisonError::into_inner).1);
+
+    /// Those since the last call, in microseconds.
+    pub(super) fn take(&self) -> Vec<u64> {
+        std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner).1)
+    }
+}
+
+/// p50 and p99 of pauses.
+pub(super) fn p50_and_p99(mut pauses: Vec<u64>) -> Result<(u64, u64)> {
     pauses.sort_unstable();
     match pauses.len() {
         0 => Err(LabError::Product("QEMU told of no pause".into())),
         len => Ok((pauses[len / 2], pauses[len * 99 / 100])),
     }
+}
+
+/// The floor under every cut: how long QEMU itself stops the guest to write its device state, with nobody scanning or
+/// copying. p50 and p99 in microseconds.
+pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(u64, u64)> {
+    let failed = |error: HypervisorError| LabError::Product(format!("the guest without protection: {error}"));
+    bench.say("the same cuts by QEMU alone")?;
+    let watched = Watched::start(lab, "host1").map_err(failed)?;
+    let domain = watched.hypervisor.lookup(guest).map_err(failed)?;
+    for _ in 0..CUTS_ALONE {
+        let arguments = serde_json::json!({"filename": "/dev/null", "live": false});
+        domain.qmp_call("xen-save-devices-state", arguments).map_err(failed)?;
+        bench.sleep(INTERVAL)?;
+    }
+    p50_and_p99(watched.take())
 }
 
 /// What libvirt itself offers to get a guest's state out: how long does the guest stand still?

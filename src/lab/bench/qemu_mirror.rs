@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::hypervisor::{Domain, Hypervisor, HypervisorError};
+use super::pause::Watched;
+use crate::hypervisor::{Domain, HypervisorError};
 use crate::lab::Lab;
 use crate::lab::error::{LabError, Result};
 
@@ -21,6 +22,7 @@ pub(super) struct Alone {
     server: Child,
     stop: Arc<AtomicBool>,
     cuts: Option<JoinHandle<std::result::Result<(), HypervisorError>>>,
+    pauses: Watched,
 }
 
 fn failed(error: HypervisorError) -> LabError {
@@ -29,7 +31,8 @@ fn failed(error: HypervisorError) -> LabError {
 
 impl Alone {
     pub(super) fn start(lab: &Lab, host: &str, guest: &str, interval: Duration) -> Result<Self> {
-        let domain = Hypervisor::connect(&lab.libvirt_uri(host)).and_then(|host| host.lookup(guest)).map_err(failed)?;
+        let pauses = Watched::start(lab, host).map_err(failed)?;
+        let domain = pauses.hypervisor.lookup(guest).map_err(failed)?;
         let bytes = domain.disk_bytes(DISK).map_err(failed)?;
         let (socket, image) = ("/run/qemu-alone.sock", "/var/lib/libvirt/images/qemu-alone.raw");
         // Nothing is forwarded to the host's disk, as by our copy.
@@ -40,7 +43,7 @@ impl Alone {
         let server = lab.command(host, "sh")?.args(["-c", &script]).spawn();
         let server = server.map_err(LabError::system("start qemu-nbd"))?;
         let stop = Arc::new(AtomicBool::new(false));
-        let mut alone = Self { domain, server, stop, cuts: None };
+        let mut alone = Self { domain, server, stop, cuts: None, pauses };
         let began = Instant::now();
         let wait = |ready: &mut dyn FnMut() -> Result<bool>| {
             while !ready()? {
@@ -72,14 +75,15 @@ impl Alone {
         Ok(alone)
     }
 
-    /// Ends it; an error if a cut failed meanwhile.
-    pub(super) fn end(mut self) -> Result<()> {
+    /// Ends it; the guest's pauses in microseconds, or an error if a cut failed meanwhile.
+    pub(super) fn end(mut self) -> Result<Vec<u64>> {
         self.stop.store(true, Ordering::Relaxed);
         let cuts = self.cuts.take().map(JoinHandle::join);
         if let Some(Ok(outcome)) = cuts {
             outcome.map_err(failed)?;
         }
-        self.domain.abort_block_job(DISK).map_err(failed)
+        self.domain.abort_block_job(DISK).map_err(failed)?;
+        Ok(self.pauses.take())
     }
 }
 

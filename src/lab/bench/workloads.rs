@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::pause::qemu_alone;
 use super::{Bench, Row, cpu_s_in, memcpy_ms, percentile};
-use crate::api::types::{GuestState, GuestView, Percentiles};
+use crate::api::types::{CaptureStats, GuestState, GuestView, Percentiles};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
 use crate::lab::guest::Workload;
@@ -112,14 +112,25 @@ fn measure(bench: &Bench, case: &Case) -> Result<()> {
     let (cpu, elapsed) = (cpu_s(agent)? - cpu_before, began.elapsed().as_secs_f64());
     let after = fleet.info(case.name)?;
     Report { case, before: &view, after: &after, elapsed_s: elapsed }.print(bench, &samples, cpu);
-    let row = Row::new(format!("{}: of that, QEMU alone: state to /dev/null", case.name), alone_p50 as f64 / 1e3, "ms");
-    bench.print(&row.beside("ms p99", alone_p99 as f64 / 1e3));
+    print_parts(bench, case, &after.capture, (alone_p50, alone_p99));
     if protected.done >= WORK_COMPARED_MIN && unprotected.done > 0 {
         let share = protected.per_s / unprotected.per_s * 100.0;
         let row = Row::new(format!("{}: guest's own work while protected", case.name), share, "%");
         bench.print(&row.beside("units/s unprotected", unprotected.per_s));
     }
     Ok(())
+}
+
+/// What there is of a pause before anything of it can be ours alone: QEMU's own, and the search for which it waits. Pages are
+/// copied while it goes on.
+fn print_parts(bench: &Bench, case: &Case, capture: &CaptureStats, (alone_p50, alone_p99): (u64, u64)) {
+    let ms = |us: u64| us as f64 / 1e3;
+    let row = |name: &str, us: u64| Row::new(format!("{}: {name}", case.name), ms(us), "ms");
+    let search = capture.search_us.p50;
+    bench.print(&row("of that, QEMU alone: state to /dev/null", alone_p50).beside("ms p99", ms(alone_p99)));
+    bench.print(&row("of that, finding written pages p50", search).beside("ms p99", ms(capture.search_us.p99)));
+    let both = row("limit: QEMU alone and finding the pages", alone_p50 + search);
+    bench.print(&both.beside("ms copying them p50, beside QEMU's writing", ms(capture.copy_us.p50)));
 }
 
 /// What a guest did, by its own clock and its own count.
