@@ -47,10 +47,10 @@ fn frame() -> Vec<u8> {
 fn whole_frames() -> Vec<Vec<u8>> {
     let mut encoder = Encoder::new(&layout(), MirrorBudget::Full, HashSeed::new(1), 1);
     let words: [u64; 512] = std::array::from_fn(|i| match i {
-        0 => 0xffff_8880_1234_5678,
-        1 => 0xffff_8880_1234_9abc,
-        2 => 0xffff_8880_12cd_ef01,
-        3 => 0xffff_8880_1234_5678,
+        0 | 1 | 17 => 0xffff_8880_1234_5678,
+        8 | 24 => 0xffff_8880_1234_9abc,
+        16 => 0xffff_8880_12cd_ef01,
+        25 => 0xffff_8880_1234_5699,
         64..70 => 0x11 << (10 * (i - 64)),
         511 => u64::MAX,
         _ => 0,

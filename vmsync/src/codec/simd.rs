@@ -6,6 +6,7 @@
 //! bytes that come out are the same everywhere.
 
 use super::sum::{WORDS, weight_lines};
+use super::words::{self, INDEXES_PAGE_MAX, LITERALS_ROOM, PageStreams, TAGS_PAGE_BYTES, Table};
 use crate::units::Page;
 
 /// Compared and copied at once.
@@ -53,6 +54,32 @@ pub(super) fn page_sum(page: &Page) -> u64 {
         return unsafe { x86::page_sum_avx512(page) };
     }
     portable::page_sum(page)
+}
+
+/// Writes a page's words: see [`words`]. How many indexes and literals they took.
+pub(super) fn write_words(page: &Page, table: &mut Table, out: PageStreams<'_>) -> (usize, usize) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::has_avx512_vbmi2() {
+        // SAFETY: this CPU has what the function is compiled for.
+        return unsafe { x86::write_words_avx512(page, table, out) };
+    }
+    words::write_portable(page, table, out)
+}
+
+/// Reads a page's words, whatever these bytes are. How many indexes and literals they took.
+pub(super) fn read_words(
+    page: &mut Page,
+    table: &mut Table,
+    tags: &[u8; TAGS_PAGE_BYTES],
+    indexes: &[u8; INDEXES_PAGE_MAX],
+    literals: &[u8; LITERALS_ROOM],
+) -> (usize, usize) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::has_avx512_vbmi2() {
+        // SAFETY: this CPU has what the function is compiled for.
+        return unsafe { x86::read_words_avx512(page, table, tags, indexes, literals) };
+    }
+    words::read_portable(page, table, tags, indexes, literals)
 }
 
 /// One bit for each byte of a line that differs.
@@ -159,6 +186,7 @@ mod x86 {
     use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::*;
 
+    use super::super::words::{AS_VALUE, ENTRY, ENTRY_BYTES, HASH, LINE_WORDS, LITERAL_BYTES, NEAR_ENTRY};
     use super::*;
 
     /// Cheap: the standard library looks once and remembers.
@@ -248,6 +276,155 @@ mod x86 {
         }
         let sums = [_mm512_add_epi64(sums[0], sums[1]), _mm512_add_epi64(sums[2], sums[3])];
         _mm512_reduce_add_epi64(_mm512_add_epi64(sums[0], sums[1])) as u64
+    }
+
+    pub(super) fn has_avx512_vbmi2() -> bool {
+        has_avx512()
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vbmi2")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt")
+    }
+
+    /// The low 4 bits of each byte.
+    const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
+    pub(super) fn write_words_avx512(page: &Page, table: &mut Table, out: PageStreams<'_>) -> (usize, usize) {
+        let values = AS_VALUE.as_chunks::<LINE_BYTES>().0;
+        let values = [load_line(&values[0]), load_line(&values[1]), load_line(&values[2]), load_line(&values[3])];
+        let (near_entry, literal_bytes) = (load_16(&near_entry()), load_16(&LITERAL_BYTES));
+        let (mut index, mut literal) = (0, 0);
+        for (line, tags) in page.as_chunks::<LINE_BYTES>().0.iter().zip(out.tags.as_chunks_mut::<4>().0) {
+            let words = load_line(line);
+            if _mm512_test_epi64_mask(words, words) == 0 {
+                table[0] = 0;
+                *tags = [0; 4];
+                continue;
+            }
+            let slots = slots(words);
+            let former = entries(table, slots);
+            remember(table, slots, line);
+            let differs = _mm512_xor_si512(words, former);
+            // Of each word a byte: which of its bytes are not zero, and which differ.
+            let used = bytes_of(_mm512_test_epi8_mask(words, words));
+            let near = bytes_of(_mm512_test_epi8_mask(differs, differs));
+            let near = _mm_shuffle_epi8(near_entry, _mm_min_epu8(near, _mm_set1_epi8(NEAR_ENTRY.len() as i8 - 1)));
+            let wide = _mm512_castsi128_si512(used);
+            let low = _mm512_castsi512_si128(_mm512_permutex2var_epi8(values[0], wide, values[1]));
+            let high = _mm512_castsi512_si128(_mm512_permutex2var_epi8(values[2], wide, values[3]));
+            let value = _mm_mask_blend_epi8(_mm_movepi8_mask(used), low, high);
+            let tag = _mm_and_si128(_mm_min_epu8(near, value), _mm_set1_epi8(15));
+            *tags = (_pext_u64(low_8(tag), NIBBLES) as u32).to_le_bytes();
+
+            let of_entry = is_entry(tag);
+            let taken = _mm_maskz_compress_epi8(of_entry, bytes_of(slots));
+            out.indexes[index..index + LINE_WORDS].copy_from_slice(&low_8(taken).to_le_bytes());
+            index += of_entry.count_ones() as usize;
+
+            let literals = low_8(_mm_shuffle_epi8(literal_bytes, tag));
+            let bytes = _mm512_mask_sub_epi64(words, of_entry as u8, words, former);
+            let bytes = _mm512_maskz_compress_epi8(literals, bytes);
+            store_line(&mut out.literals[literal..], bytes);
+            literal += literals.count_ones() as usize;
+        }
+        (index, literal)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
+    pub(super) fn read_words_avx512(
+        page: &mut Page,
+        table: &mut Table,
+        tags: &[u8; TAGS_PAGE_BYTES],
+        indexes: &[u8; INDEXES_PAGE_MAX],
+        literals: &[u8; LITERALS_ROOM],
+    ) -> (usize, usize) {
+        let (literal_bytes, entry_bytes) = (load_16(&LITERAL_BYTES), load_16(&ENTRY_BYTES));
+        let (mut index, mut literal) = (0, 0);
+        for (line, tags) in page.as_chunks_mut::<LINE_BYTES>().0.iter_mut().zip(tags.as_chunks().0) {
+            let tags = u32::from_le_bytes(*tags);
+            if tags == 0 {
+                table[0] = 0;
+                *line = [0; LINE_BYTES];
+                continue;
+            }
+            let tag = bytes_of(_pdep_u64(u64::from(tags), NIBBLES));
+            let of_entry = is_entry(tag);
+            let taken = indexes[index..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+            let former = entries(table, low_8(_mm_maskz_expand_epi8(of_entry, bytes_of(taken))));
+            index += of_entry.count_ones() as usize;
+
+            let literal_bytes = low_8(_mm_shuffle_epi8(literal_bytes, tag));
+            let bytes =
+                literals[literal..].first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+            let bytes = _mm512_maskz_expand_epi8(literal_bytes, bytes);
+            literal += literal_bytes.count_ones() as usize;
+            let words = _mm512_mask_add_epi64(bytes, of_entry as u8, bytes, former);
+            let words = _mm512_mask_mov_epi8(words, low_8(_mm_shuffle_epi8(entry_bytes, tag)), former);
+            store_line(line, words);
+            remember(table, slots(words), line);
+        }
+        (index, literal)
+    }
+
+    /// Where each word goes in the table, a byte each.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn slots(words: __m512i) -> u64 {
+        let hashes = _mm512_mullo_epi64(_mm512_srli_epi64::<16>(words), _mm512_set1_epi64(HASH as i64));
+        low_8(_mm512_cvtepi64_epi8(_mm512_srli_epi64::<56>(hashes)))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn entries(table: &Table, slots: u64) -> __m512i {
+        let [a, b, c, d, e, f, g, h] = slots.to_le_bytes().map(|slot| table[usize::from(slot)] as i64);
+        _mm512_set_epi64(h, g, f, e, d, c, b, a)
+    }
+
+    #[inline(always)]
+    fn remember(table: &mut Table, slots: u64, line: &Line) {
+        for (slot, word) in slots.to_le_bytes().into_iter().zip(line.as_chunks::<8>().0) {
+            table[usize::from(slot)] = u64::from_le_bytes(*word);
+        }
+    }
+
+    #[target_feature(enable = "avx512bw,avx512vl")]
+    fn is_entry(tag: __m128i) -> __mmask16 {
+        _mm_cmpgt_epi8_mask(tag, _mm_set1_epi8(ENTRY as i8 - 1))
+    }
+
+    const fn near_entry() -> [u8; 16] {
+        let mut padded = [0; 16];
+        let mut at = 0;
+        while at < NEAR_ENTRY.len() {
+            padded[at] = NEAR_ENTRY[at];
+            at += 1;
+        }
+        padded
+    }
+
+    #[target_feature(enable = "sse2")]
+    fn bytes_of(word: u64) -> __m128i {
+        _mm_cvtsi64_si128(word as i64)
+    }
+
+    #[target_feature(enable = "sse2")]
+    fn low_8(bytes: __m128i) -> u64 {
+        _mm_cvtsi128_si64(bytes) as u64
+    }
+
+    #[target_feature(enable = "sse2")]
+    fn load_16(bytes: &[u8; 16]) -> __m128i {
+        // SAFETY: it is 16 bytes, and this load needs no alignment.
+        unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    }
+
+    /// The first line of these bytes becomes this.
+    #[target_feature(enable = "avx512f")]
+    fn store_line(to: &mut [u8], line: __m512i) {
+        let to = &mut to[..LINE_BYTES];
+        // SAFETY: it is 64 bytes, and this store needs no alignment.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) };
     }
 
     #[target_feature(enable = "avx512f")]
