@@ -104,7 +104,7 @@ impl Encoder {
     /// A page will be coded soon: what is needed for it is on its way into the CPU's caches meanwhile. Only speed
     /// depends on it.
     pub fn fetch(&self, addr: PageAddr, page: &Page) {
-        simd::fetch(page);
+        simd::fetch_bytes(page);
         self.mirror.fetch(addr);
     }
 

@@ -62,9 +62,8 @@ pub(super) const KIND_BLOCK: usize = 3;
 pub(super) const WHOLE_HEAD_BYTES: usize = 4;
 pub(super) const ENTRY_BYTES: usize = 6;
 const ADDRESS_MAX_BYTES: usize = 5;
-/// Pages between one that is written and the one that is fetched, and how much of a whole page is.
+/// Pages between one that is written and the one that is fetched.
 const WRITE_AHEAD: usize = 4;
-const WHOLE_AHEAD_BYTES: usize = 512;
 
 /// Contents of a page in a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +168,7 @@ impl PagesFrame {
     pub fn writes(&self) -> impl Iterator<Item = (PageAddr, PageContent<'_>, Option<(PageAddr, Range<usize>)>)> {
         let mut soon = self.iter().skip(WRITE_AHEAD).map(|(addr, content)| match content {
             PageContent::Patch(patch) => (addr, patch.start()..patch.start() + 1),
-            _ => (addr, 0..WHOLE_AHEAD_BYTES),
+            _ => (addr, 0..PAGE_SIZE),
         });
         self.iter().map(move |(addr, content)| (addr, content, soon.next()))
     }

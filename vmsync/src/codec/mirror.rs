@@ -166,7 +166,7 @@ impl Mirror {
         let slot = self.index(addr).and_then(|index| Account(self.pages[index]).slot());
         if let Some(slot) = slot {
             simd::fetch_value(&self.slots[slot]);
-            simd::fetch(page_of(&self.slabs, slot));
+            simd::fetch_bytes(page_of(&self.slabs, slot));
         }
     }
 

@@ -97,26 +97,20 @@ pub(super) fn line_mask(old: &Line, new: &Line) -> u64 {
     mask
 }
 
-/// The page will be read soon: its first bytes are fetched into the CPU's caches, which find the others themselves.
-pub(super) fn fetch(page: &Page) {
-    fetch_bytes(&page[..FETCH_BYTES]);
-}
-
-/// The same for a value.
+/// The value will be used soon: it is fetched into the CPU's second cache. The first one is too small for some pages
+/// more than the one that is worked on.
 pub(super) fn fetch_value<T>(value: &T) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: the address is that of a value; a prefetch changes nothing but caches.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(value).cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = value;
 }
 
-const FETCH_BYTES: usize = 512;
-
-/// The same for bytes that need not begin with a line.
+/// The same for bytes that need not begin with a line; of a page best all of them.
 pub fn fetch_bytes(bytes: &[u8]) {
     bytes.chunks(LINE_BYTES).for_each(|line| fetch_value(&line[0]));
 }

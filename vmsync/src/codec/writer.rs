@@ -15,6 +15,8 @@ use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 
 /// Level at which streams of changes are compressed. They are short, and the link may be long.
 const CHANGES_LEVEL: i32 = -1;
+/// What words are made of repeats less than what pages are; zstd gains little by looking closer.
+const WORDS_FASTER: i32 = 2;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
 const WORDS_HEAD_BYTES: usize = 8;
@@ -29,6 +31,7 @@ pub(super) struct FrameWriter {
     plain: Plain,
     noise: NoiseFilter,
     packer: Option<Compressor<'static>>,
+    words_packer: Option<Compressor<'static>>,
     changes_packer: Option<Compressor<'static>>,
     scratch: Vec<u8>,
     frames: Vec<Vec<u8>>,
@@ -70,6 +73,7 @@ impl FrameWriter {
             plain: Plain::default(),
             noise: NoiseFilter::default(),
             packer: None,
+            words_packer: None,
             changes_packer: None,
             scratch: Vec::new(),
             frames: Vec::new(),
@@ -82,10 +86,11 @@ impl FrameWriter {
     /// Level of whole pages, as zstd counts: negative is faster; 0 turns all compression off.
     pub(super) fn set_level(&mut self, level: i32) {
         if level == 0 {
-            (self.packer, self.changes_packer) = (None, None);
+            (self.packer, self.words_packer, self.changes_packer) = (None, None, None);
             return;
         }
         set_packer(&mut self.packer, level);
+        set_packer(&mut self.words_packer, (level - WORDS_FASTER).min(-1));
         set_packer(&mut self.changes_packer, CHANGES_LEVEL);
     }
 
@@ -200,7 +205,8 @@ impl FrameWriter {
     }
 
     fn write_words(&mut self) {
-        self.frames.extend(self.words.write(self.packer.as_mut(), &mut self.scratch, &mut self.spare));
+        let packer = self.words_packer.as_mut();
+        self.frames.extend(self.words.write(packer, &mut self.scratch, &mut self.spare));
     }
 
     /// Compresses a page that was judged as noise, to learn from it.
