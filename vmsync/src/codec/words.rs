@@ -71,7 +71,7 @@ const fn literal_bytes() -> [u8; 16] {
     let mut tag = 0;
     while tag < 16 {
         let (low, high) = LITERAL[tag];
-        bytes[tag] = ((1u16 << low) - 1 | (1 << (4 + high)) - 16) as u8;
+        bytes[tag] = (((1u16 << low) - 1) | ((1 << (4 + high)) - 16)) as u8;
         tag += 1;
     }
     bytes
@@ -209,8 +209,8 @@ pub(super) fn write_portable(page: &Page, table: &mut Table, out: PageStreams<'_
             table[usize::from(slot)] = word;
             let near = match word ^ former {
                 0 => NEAR_ENTRY[0],
-                ..0x100 => NEAR_ENTRY[1],
-                ..0x1_0000 => NEAR_ENTRY[2],
+                1..0x100 => NEAR_ENTRY[1],
+                0x100..0x1_0000 => NEAR_ENTRY[2],
                 _ => NEAR_ENTRY[4],
             };
             let tag = near.min(AS_VALUE[usize::from(used_bytes(word))]) & 15;
