@@ -219,11 +219,28 @@ fn up_that_is_interrupted_or_killed_leaves_nothing_that_matters() {
     assert_eq!(status["hosts"].as_array().unwrap().len(), 3);
     assert!(Path::new(status["hosts"][0]["namespaces"]["net"].as_str().unwrap()).exists());
     before.extend(processes(&base.name));
+    // Whoever wants a lab of its own does not get this one.
+    let refused = lab(&["bench", "pause"]).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains(&format!("--name {} down", base.name)), "{said}");
+    assert!(lab(&["status"]).status().unwrap().success());
     assert!(lab(&["down"]).status().unwrap().success());
     assert_nothing_left(&base.name, &before);
     let late = lab(&["exec", "host1", "--", "true"]).output().unwrap();
     assert_eq!(late.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&late.stderr).contains("is not up"));
+}
+
+#[test]
+fn a_lab_that_a_process_works_with_is_refused_to_another() {
+    let lab = Lab::up(&LabOptions { hosts: 1, ..options("taken") }).unwrap();
+    let refused = Command::new(LAB).args(["--name", lab.name(), "bench", "output"]).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let (name, pid) = (format!("lab {} is up already", lab.name()), format!("process {} ", std::process::id()));
+    assert!(!refused.status.success() && said.contains(&name) && said.contains(&pid), "{said}");
+    let same = LabOptions { hosts: 1, name: lab.name().into(), ..options("taken") };
+    assert!(matches!(Lab::up(&same), Err(LabError::UpAlready { .. })));
+    assert_eq!(lab.status().unwrap().hosts[0].power, Power::On);
 }
 
 #[test]

@@ -12,6 +12,8 @@ pub enum LabError {
     Invalid { what: &'static str, value: String, reason: String },
     #[error("lab {lab} is not up; start it with: virt-shadow-lab --name {lab} up")]
     NotUp { lab: String },
+    #[error("lab {lab} is up already; {}, or choose another name with --name", done_with(lab, *owner))]
+    UpAlready { lab: String, owner: Option<i32> },
     #[error("lab {lab} has no {what} {name:?}; it has {}", if known.is_empty() { "none" } else { known })]
     Unknown { lab: String, what: &'static str, name: String, known: String },
     #[error("{node} has no power; start it with: virt-shadow-lab --name {lab} power-on {node}")]
@@ -51,5 +53,13 @@ impl LabError {
     pub(super) fn system<E: Into<std::io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Self {
         let action = action.into();
         move |source| Self::System { action, source: source.into() }
+    }
+}
+
+/// What to do about a lab that is up, and maybe somebody's.
+fn done_with(lab: &str, owner: Option<i32>) -> String {
+    match owner {
+        Some(pid) => format!("process {pid} works with it: wait until that has ended"),
+        None => format!("take it down with: virt-shadow-lab --name {lab} down"),
     }
 }

@@ -42,9 +42,12 @@ pub fn up(options: &LabOptions, programs: &Programs) -> Result<()> {
     check(options)?;
     let lock = LabLock::acquire(&options.name)?;
     match lock.load() {
-        Ok(state) if state.complete && state.nodes.iter().any(|n| state.running(&n.name).is_ok()) => {
-            return resume(&lock, state, options, programs);
+        // One that lives and dies with a process is that one's alone.
+        Ok(state) if options.owned && in_use(&state) => {
+            let owner = state.owner.filter(ProcessRef::is_alive).map(|owner| owner.pid);
+            return Err(LabError::UpAlready { lab: state.name, owner });
         }
+        Ok(state) if state.complete && has_power(&state) => return resume(&lock, state, options, programs),
         Ok(_) | Err(LabError::Corrupt { .. }) => {
             say(options, "removing what an earlier lab of this name left behind");
             clear(&options.name)?;
@@ -61,6 +64,18 @@ pub fn up(options: &LabOptions, programs: &Programs) -> Result<()> {
         return Err(error);
     }
     Ok(())
+}
+
+fn has_power(state: &LabState) -> bool {
+    state.nodes.iter().any(|node| state.running(&node.name).is_ok())
+}
+
+/// Whoever raised it has not done with it.
+fn in_use(state: &LabState) -> bool {
+    match state.owner {
+        Some(owner) => owner.is_alive(),
+        None => state.complete && has_power(state),
+    }
 }
 
 /// A lab that is up: checks that it is what was asked for, and starts what crashed.
