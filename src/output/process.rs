@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::MsgFlags;
-use vmsync::output::{Fate, Gate, GateLimits, Mark};
+use vmsync::output::{Fate, Gate, GateLimits, Mark, is_bare_ack};
 
 use super::wire::{self, Figures, Item, Order, Setting, Splitter, Word};
 use crate::capture::{companion, priority};
@@ -27,7 +27,8 @@ const READ_BYTES: usize = 256 << 10;
 const MAX_UNSENT_BYTES: usize = 64 << 20;
 /// Waiting times that the figures are made of.
 const SAMPLES: usize = 4096;
-const FIGURES_EVERY: Duration = Duration::from_millis(500);
+/// The time between cuts follows what the figures say of the traffic.
+const FIGURES_EVERY: Duration = Duration::from_millis(200);
 /// How long after its agent's last word it opens when that has ended: a host that loses power ends both at once, though not in one moment.
 const ORPHAN_OPENS_AFTER: Duration = Duration::from_millis(100);
 /// An agent that said nothing for so long stands still: it pings several times within that.
@@ -66,6 +67,8 @@ struct Process {
     held_for_us: VecDeque<u32>,
     told: Figures,
     lost: u64,
+    /// Frames that left after they had waited and were no bare acknowledgements.
+    data_total: u64,
 }
 
 /// `virtshadowd gate`: runs until nobody needs it.
@@ -112,6 +115,7 @@ impl Process {
             held_for_us: VecDeque::new(),
             told: Figures::default(),
             lost: 0,
+            data_total: 0,
         }
     }
 
@@ -242,15 +246,17 @@ impl Process {
             Order::Release(mark) => {
                 let now = self.now();
                 let (nics, held_for_us) = (&mut self.nics, &mut self.held_for_us);
-                let mut lost = 0;
+                let (mut lost, mut data) = (0, 0);
                 self.gate.release(now, Mark::new(mark), |number, frame, held| {
                     if held_for_us.len() >= SAMPLES {
                         held_for_us.pop_front();
                     }
                     held_for_us.push_back(u32::try_from(held.as_micros()).unwrap_or(u32::MAX));
+                    data += u64::from(!is_bare_ack(wire::ethernet(&frame)));
                     lost += u64::from(!nics[number].leaves(frame));
                 });
                 self.lost += lost;
+                self.data_total += data;
             }
             Order::Ping(number) => drop(self.tell(&Word::Here(number))),
             Order::End => {
@@ -319,6 +325,7 @@ impl Process {
             held_frames: stats.held_frames as u64,
             held_bytes: stats.held_bytes as u64,
             released_total: stats.released_total,
+            data_total: self.data_total,
             dropped_total: stats.dropped_total + self.lost,
             hold_us: [at(50), at(99), at(100)].map(u64::from),
         };

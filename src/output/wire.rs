@@ -61,6 +61,8 @@ pub struct Figures {
     pub held_frames: u64,
     pub held_bytes: u64,
     pub released_total: u64,
+    /// Of these, all but bare acknowledgements.
+    pub data_total: u64,
     pub dropped_total: u64,
     /// Microseconds: p50, p99, max of the newest frames.
     pub hold_us: [u64; 3],
@@ -151,6 +153,12 @@ impl Splitter {
     }
 }
 
+/// The Ethernet frame in a [`Item::Frame`].
+pub fn ethernet(frame: &[u8]) -> &[u8] {
+    let header_bytes = frame.get(4..HEAD_BYTES).map_or(0, be32) as usize;
+    frame.get(HEAD_BYTES + header_bytes..).unwrap_or_default()
+}
+
 fn be32(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0, |value, byte| value << 8 | u32::from(*byte))
 }
@@ -191,6 +199,9 @@ mod tests {
             stream.chunks(piece).for_each(|bytes| splitter.feed(bytes, |item| items.push(item)).unwrap());
             assert_eq!(items, expected, "in pieces of {piece}");
         }
+        assert_eq!(ethernet(&frame(3, 60)), [3; 48]);
+        assert_eq!(ethernet(&frame(3, 11)), [] as [u8; 0], "a header that is longer than all of it");
+        assert_eq!(ethernet(&[0xff; 8]), [] as [u8; 0]);
         assert!(Splitter::default().feed(&[0xff; 8], drop).is_err());
         let mut splitter = Splitter::default();
         splitter.feed(&[0xff; 3], drop).unwrap();

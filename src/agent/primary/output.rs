@@ -293,8 +293,7 @@ impl Output {
         match news {
             News::Waits(mark) => self.committer.waits(mark),
             News::Figures(figures) => {
-                let left = figures.released_total.saturating_sub(self.figures.released_total);
-                self.on_demand.left(left);
+                self.on_demand.left(figures.data_total.saturating_sub(self.figures.data_total));
                 self.figures = figures;
             }
             News::Opened { unheard } => {
@@ -430,7 +429,8 @@ impl Output {
             (Some(_), Mode::Holding) => ("holding", String::new()),
             (Some(_), Mode::Open(cause)) => ("open", cause_text(cause).to_owned()),
         };
-        let Figures { held_frames, held_bytes, released_total, dropped_total, hold_us: [p50, p99, max] } = self.figures;
+        let Figures { held_frames, held_bytes, released_total, dropped_total, hold_us: [p50, p99, max], .. } =
+            self.figures;
         OutputStats {
             gate: gate.into(),
             reason,

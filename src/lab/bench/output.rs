@@ -10,6 +10,7 @@ use crate::api::types::{Consistency, ConsistencyMode};
 use crate::lab::client::GUEST_PORT;
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
+use crate::lab::state::CLIENT;
 use crate::lab::{Lab, StartedGuest};
 
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -17,6 +18,8 @@ const PINGS: usize = 300;
 const PING_EVERY: Duration = Duration::from_millis(10);
 const MEASURE_FOR: Duration = Duration::from_secs(5);
 const WATCH_EVERY: Duration = Duration::from_millis(5);
+/// Looks at what bounds a transfer.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 const CONNECTIONS: usize = 50;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Asked for at a time.
@@ -31,6 +34,30 @@ struct Seen {
     fifty_connections: f64,
     from_guest_mbit: f64,
     to_guest_mbit: f64,
+    window: Window,
+}
+
+/// What bounds a transfer to the guest, as the client's kernel sees it; zeroes where it does not tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Window {
+    /// What the guest lets the client send without an acknowledgement, which Linux bounds by the guest's memory.
+    bytes: f64,
+    /// How long acknowledgements take.
+    ack_ms: f64,
+}
+
+impl Window {
+    /// Of a socket, in the words of ss(8).
+    fn in_ss(text: &str) -> Option<Self> {
+        let field = |name: &str| text.split_ascii_whitespace().find_map(|word| word.strip_prefix(name));
+        let ack_ms = field("rtt:")?.split('/').next()?.parse().ok()?;
+        Some(Self { bytes: field("snd_wnd:")?.parse().ok()?, ack_ms })
+    }
+
+    /// A window for each time that its acknowledgement takes; with none known, no bound.
+    fn mbit(&self) -> f64 {
+        if self.ack_ms > 0.0 { self.bytes * 8.0 / 1e3 / self.ack_ms } else { f64::INFINITY }
+    }
 }
 
 impl Seen {
@@ -96,6 +123,14 @@ fn show(bench: &Bench, alone: &Seen, cuts: &Seen, gated: &Seen) {
         let share = pick(gated) / pick(alone) * 100.0;
         bench.print(&Row::new(format!("{name}, of unprotected"), share, "%").at_least(25.0));
     }
+    let window = gated.window;
+    if window.ack_ms > 0.0 {
+        let row = Row::new("the most that the guest's receive window allows", window.mbit(), "Mbit/s");
+        let of = format!("ms until it is acknowledged, {:.0} KB", window.bytes / 1e3);
+        bench.print(&row.beside(of, window.ack_ms));
+        let share = window.mbit().min(alone.to_guest_mbit) / alone.to_guest_mbit * 100.0;
+        bench.print(&Row::new("the same, of unprotected", share, "%"));
+    }
 }
 
 fn measure(bench: &Bench, lab: &Lab, guest: &StartedGuest) -> Result<Seen> {
@@ -109,13 +144,10 @@ fn measure(bench: &Bench, lab: &Lab, guest: &StartedGuest) -> Result<Seen> {
         std::thread::sleep(PING_EVERY);
     }
     bench.check_interrupt()?;
-    Ok(Seen {
-        ping_ms,
-        one_connection: requests(lab, guest, 1)?,
-        fifty_connections: requests(lab, guest, CONNECTIONS)?,
-        from_guest_mbit: bulk(lab, guest, receive)?,
-        to_guest_mbit: bulk(lab, guest, send)?,
-    })
+    let (one_connection, fifty_connections) = (requests(lab, guest, 1)?, requests(lab, guest, CONNECTIONS)?);
+    let (from_guest_mbit, _) = bulk(lab, guest, receive)?;
+    let (to_guest_mbit, window) = bulk(lab, guest, send)?;
+    Ok(Seen { ping_ms, one_connection, fifty_connections, from_guest_mbit, to_guest_mbit, window })
 }
 
 /// Requests a second on so many connections, each of which waits for its answers.
@@ -129,18 +161,26 @@ fn requests(lab: &Lab, guest: &StartedGuest, connections: usize) -> Result<f64> 
     answers_per_s(clients, MEASURE_FOR, |client| client.status().map(drop)).map_err(failed("ask the guest"))
 }
 
-/// Megabits a second of a transfer that is repeated for a while.
-fn bulk(lab: &Lab, guest: &StartedGuest, transfer: fn(&mut TcpStream) -> std::io::Result<()>) -> Result<f64> {
+/// Megabits a second of a transfer that is repeated for a while, and the mean of what bounded it.
+fn bulk(lab: &Lab, guest: &StartedGuest, transfer: fn(&mut TcpStream) -> std::io::Result<()>) -> Result<(f64, Window)> {
     let mut stream = lab.connect_from_client(guest.ip, GUEST_PORT)?;
     let limit = LabError::system::<std::io::Error>;
     stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(limit("set a time limit"))?;
     stream.set_write_timeout(Some(ANSWER_WITHIN)).map_err(limit("set a time limit"))?;
-    let (began, mut bytes) = (Instant::now(), 0);
+    let port = stream.local_addr().map_err(limit("find the client's port"))?.port();
+    let (began, mut bytes, mut windows) = (Instant::now(), 0, Vec::new());
     while began.elapsed() < MEASURE_FOR {
         transfer(&mut stream).map_err(limit("transfer"))?;
         bytes += BULK_BYTES;
+        // Windows grow at the beginning.
+        if began.elapsed() > LOOK_EVERY * (windows.len() as u32 + 1) {
+            let shown = lab.exec(CLIENT, &["ss", "-tinH", "sport", "=", &format!(":{port}")])?;
+            windows.push(Window::in_ss(&String::from_utf8_lossy(&shown.stdout)).unwrap_or_default());
+        }
     }
-    Ok(bytes as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64())
+    let mbit = bytes as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64();
+    let mean = |of: fn(&Window) -> f64| windows.iter().map(of).sum::<f64>() / windows.len().max(1) as f64;
+    Ok((mbit, Window { bytes: mean(|window| window.bytes), ack_ms: mean(|window| window.ack_ms) }))
 }
 
 fn receive(stream: &mut TcpStream) -> std::io::Result<()> {
@@ -161,5 +201,21 @@ fn read_exactly(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
     match std::io::copy(&mut stream.take(bytes), &mut std::io::sink())? {
         read if read == bytes => Ok(()),
         _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_read_from_what_ss_shows() {
+        let shown = "ESTAB 0 0 10.77.0.3:33333 10.77.100.1:7000\n\t cubic wscale:7,7 rto:206 rtt:5/1.25 mss:1448 \
+                     minrtt:0.3 snd_wnd:800000";
+        let window = Window::in_ss(shown).unwrap();
+        assert_eq!(window, Window { bytes: 800_000.0, ack_ms: 5.0 });
+        assert_eq!(window.mbit(), 1_280.0);
+        assert_eq!(Window::in_ss("cubic rtt:5/1.25"), None);
+        assert_eq!(Window::default().mbit(), f64::INFINITY);
     }
 }

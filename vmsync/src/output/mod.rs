@@ -15,10 +15,12 @@
 //! unless consistency goes first, in age: then it opens by itself, whoever has died or hangs.
 
 mod commit;
+mod frame;
 mod gate;
 mod spacing;
 
 pub use commit::{Cause, Committer, Effect, Mode, PeerPart, Policy};
+pub use frame::is_bare_ack;
 pub use gate::{Fate, Gate, GateLimits, GateStats};
 pub use spacing::OnDemand;
 
