@@ -125,11 +125,11 @@ fn show(bench: &Bench, alone: &Seen, cuts: &Seen, gated: &Seen) {
     }
     let window = gated.window;
     if window.ack_ms > 0.0 {
-        let row = Row::new("the most that the guest's receive window allows", window.mbit(), "Mbit/s");
+        let row = Row::new("its receive window allows at most", window.mbit(), "Mbit/s");
         let of = format!("ms until it is acknowledged, {:.0} KB", window.bytes / 1e3);
         bench.print(&row.beside(of, window.ack_ms));
         let share = window.mbit().min(alone.to_guest_mbit) / alone.to_guest_mbit * 100.0;
-        bench.print(&Row::new("the same, of unprotected", share, "%"));
+        bench.print(&Row::new("its receive window, of unprotected", share, "%"));
     }
 }
 
