@@ -100,8 +100,11 @@ mod tests {
         assert!(!changed(14 + 9, 17), "UDP");
         assert!(!changed(14 + 6, 0x20) && !changed(14 + 7, 1), "fragments");
         assert!(!changed(14, 0x40) && !changed(14 + 24 + 12, 0x40), "headers shorter than they can be");
+        // Nothing panics.
         for at in 0..whole.len() {
-            (0..=255).for_each(|byte| drop(changed(at, byte)));
+            (0..=255).for_each(|byte| {
+                changed(at, byte);
+            });
         }
     }
 }
