@@ -20,8 +20,9 @@ use super::libvirt::Libvirt;
 const EVERY: Duration = Duration::from_secs(60);
 /// Until libvirt can be asked.
 const FIRST_TRIES: Duration = Duration::from_millis(500);
-/// A libvirt that does not tell of KVM by then will not.
-const TRIES_FOR_KVM: u32 = 20;
+/// A libvirt that has been asked so often, for a minute, and does not tell of KVM will not. On a busy host it looks for tens
+/// of seconds.
+const TRIES_FOR_KVM: u32 = 120;
 const MAX_ITEMS: usize = 4096;
 
 /// The newest one, for heartbeats.
@@ -29,21 +30,22 @@ pub(super) type Shared = Arc<Mutex<Option<Arc<Inventory>>>>;
 
 /// Looks now and then until `shutdown`.
 pub(super) async fn keep(config: Config, libvirt: Arc<Libvirt>, shared: Shared, mut shutdown: watch::Receiver<bool>) {
-    let mut tries = 0;
+    let mut asked = 0;
     loop {
         let (config, libvirt) = (config.clone(), Arc::clone(&libvirt));
         let found = tokio::task::spawn_blocking(move || {
             let hypervisor = libvirt.get().ok();
             let mut found = take(&config, hypervisor.as_deref());
-            let complete = hypervisor.is_some() && (tries >= TRIES_FOR_KVM || !lacks_kvm(&found.cpu_models));
+            let asked = asked + u32::from(hypervisor.is_some());
+            let complete = hypervisor.is_some() && (asked >= TRIES_FOR_KVM || !lacks_kvm(&found.cpu_models));
             // What is not known yet is no reason to refuse a guest.
             if !complete {
                 found.cpu_models.clear();
             }
-            (found, complete)
+            (found, complete, asked)
         });
-        let Ok((found, complete)) = found.await else { return };
-        tries += 1;
+        let Ok((found, complete, so_often)) = found.await else { return };
+        asked = so_often;
         {
             let mut newest = super::lock(&shared);
             if newest.as_deref() != Some(&found) {
