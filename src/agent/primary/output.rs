@@ -64,9 +64,9 @@ pub(super) struct Output {
     started: Instant,
     try_at: Instant,
     problem: String,
-    /// NICs that the gate does not stand before, and why; looked at again then.
-    /// Which NICs it stands before has changed since that was asked.
+    /// Which NICs the gate stands before has changed since that was asked.
     nics_changed: bool,
+    /// NICs that it does not stand before, and why; looked at again then.
     not_held: Vec<String>,
     look_at: Option<Instant>,
     figures: Figures,
