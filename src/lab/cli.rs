@@ -120,6 +120,9 @@ enum LabCommand {
         /// Without the virtio balloon that libvirt gives every guest: less state to write and to load
         #[arg(long)]
         no_balloon: bool,
+        /// Frames that its interface takes while nobody empties it: 256 (QEMU's usual), 512 or 1024
+        #[arg(long, value_name = "FRAMES")]
+        rx_queue: Option<u32>,
         /// Do not wait until it answers
         #[arg(long)]
         no_wait: bool,
@@ -270,6 +273,7 @@ impl Cli {
                 disk,
                 transient,
                 no_balloon,
+                rx_queue,
                 no_wait,
             } => {
                 let balloon = !no_balloon;
@@ -285,6 +289,7 @@ impl Cli {
                     disks: disk,
                     transient,
                     balloon,
+                    rx_queue,
                 };
                 let mut lab = open()?;
                 lab.verbose = true;

@@ -15,6 +15,8 @@ use super::state::{GuestState, LabState, NET_PREFIX_LEN, guest_ip};
 
 const MEMORY_MIN_MIB: u32 = 96;
 const MEMORY_MAX_MIB: u32 = 64 * 1024;
+/// Sizes of a receive queue that QEMU takes.
+const RX_QUEUES: [u32; 3] = [256, 512, 1024];
 const CPUS_MAX: u32 = 16;
 const RATE_MAX: u64 = 1_000_000;
 /// What kernel, busybox and workload need beside the workload's region.
@@ -184,6 +186,8 @@ pub struct GuestOptions {
     pub transient: bool,
     /// With a virtio balloon, as libvirt adds one where a definition says nothing.
     pub balloon: bool,
+    /// Frames that its interface takes while nobody empties it; QEMU's usual 256 if not given.
+    pub rx_queue: Option<u32>,
 }
 
 impl GuestOptions {
@@ -200,6 +204,7 @@ impl GuestOptions {
             disks: Vec::new(),
             transient: false,
             balloon: true,
+            rx_queue: None,
         }
     }
 
@@ -223,6 +228,11 @@ impl GuestOptions {
         if needed > self.memory_mib {
             let reason = format!("needs a guest of {needed} MiB or more, not {}", self.memory_mib);
             return invalid("workload", self.workload.to_string(), reason);
+        }
+        if let Some(frames) = self.rx_queue
+            && !RX_QUEUES.contains(&frames)
+        {
+            return invalid("receive queue", frames.to_string(), "QEMU takes 256, 512 or 1024".into());
         }
         if self.disks.len() > DISKS_MAX {
             return invalid("disks", self.disks.len().to_string(), format!("a lab guest has at most {DISKS_MAX}"));
@@ -278,6 +288,7 @@ impl GuestOptions {
             Backing::Memfd => "\n  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
         };
         let balloon = if self.balloon { "virtio" } else { "none" };
+        let rx_queue = self.rx_queue.map_or(String::new(), |frames| format!(" rx_queue_size='{frames}'"));
         let disk = |(number, disk): (usize, &GuestDisk)| {
             format!(
                 "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
@@ -314,7 +325,7 @@ lab.workload={workload}</cmdline>
       <mac address='{mac}'/>
       <source bridge='{HOST_BRIDGE}'/>
       <model type='virtio'/>
-      <driver name='qemu'/>
+      <driver name='qemu'{rx_queue}/>
     </interface>
     <serial type='file'><source path='{CONSOLE_DIR}/{name}.log' append='on'/><target port='0'/></serial>
     <memballoon model='{balloon}'/>
