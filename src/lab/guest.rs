@@ -407,6 +407,15 @@ mod tests {
     }
 
     #[test]
+    fn a_receive_queue_is_one_that_qemu_takes() {
+        let with = |rx_queue| GuestOptions { rx_queue, ..GuestOptions::new("g", "host1") }.check();
+        [None, Some(256), Some(1024)].into_iter().for_each(|frames| with(frames).unwrap());
+        for frames in [0, 1, 300, 2048] {
+            assert!(with(Some(frames)).unwrap_err().to_string().contains("256, 512 or 1024"), "{frames}");
+        }
+    }
+
+    #[test]
     fn names_that_would_break_the_xml_are_refused() {
         for bad in ["", "a'b", "<a>", "a b", "-a", "../a"] {
             assert!(GuestOptions::new(bad, "host1").check().is_err(), "{bad:?}");
