@@ -35,17 +35,15 @@ pub(super) async fn keep(config: Config, libvirt: Arc<Libvirt>, shared: Shared, 
         let (config, libvirt) = (config.clone(), Arc::clone(&libvirt));
         let found = tokio::task::spawn_blocking(move || {
             let hypervisor = libvirt.get().ok();
-            let mut found = take(&config, hypervisor.as_deref());
-            let asked = asked + u32::from(hypervisor.is_some());
-            let complete = hypervisor.is_some() && (asked >= TRIES_FOR_KVM || !lacks_kvm(&found.cpu_models));
-            // What is not known yet is no reason to refuse a guest.
-            if !complete {
-                found.cpu_models.clear();
-            }
-            (found, complete, asked)
+            (take(&config, hypervisor.as_deref()), hypervisor.is_some())
         });
-        let Ok((found, complete, so_often)) = found.await else { return };
-        asked = so_often;
+        let Ok((mut found, connected)) = found.await else { return };
+        asked += u32::from(connected);
+        let complete = connected && (asked >= TRIES_FOR_KVM || !lacks_kvm(&found.cpu_models));
+        // What is not known yet is no reason to refuse a guest.
+        if !complete {
+            found.cpu_models.clear();
+        }
         {
             let mut newest = super::lock(&shared);
             if newest.as_deref() != Some(&found) {

@@ -1,7 +1,5 @@
 //! Figures of one protected guest: pauses as QEMU's own events tell them, dirty pages, totals.
 
-use std::time::Duration;
-
 use crate::api::types::{DirtyPages, Percentiles};
 
 /// So many of the newest values count for percentiles; a ring of fixed size.
@@ -11,7 +9,7 @@ const VALUES_BETWEEN: usize = 16;
 
 /// The newest values of something, and its maximum.
 #[derive(Debug, Default)]
-struct Recent {
+pub struct Recent {
     ring: Vec<u32>,
     next: usize,
     max: u64,
@@ -21,7 +19,7 @@ struct Recent {
 }
 
 impl Recent {
-    fn record(&mut self, value: u64) {
+    pub fn record(&mut self, value: u64) {
         let kept = u32::try_from(value).unwrap_or(u32::MAX);
         if self.ring.len() < VALUES_KEPT {
             self.ring.push(kept);
@@ -34,7 +32,7 @@ impl Recent {
     }
 
     /// Percentiles over the newest values, maximum over all.
-    fn percentiles(&mut self) -> Percentiles {
+    pub fn percentiles(&mut self) -> Percentiles {
         let few = self.ring.len() <= VALUES_BETWEEN;
         if self.since >= VALUES_BETWEEN || (few && self.since > 0) {
             self.since = 0;
@@ -75,22 +73,6 @@ impl Pauses {
 
     pub fn record(&mut self, pause_us: u64) {
         self.recent.record(pause_us);
-    }
-
-    pub fn percentiles(&mut self) -> Percentiles {
-        self.recent.percentiles()
-    }
-}
-
-/// How long a part of each pause took, microseconds.
-#[derive(Debug, Default)]
-pub struct Parts {
-    recent: Recent,
-}
-
-impl Parts {
-    pub fn record(&mut self, took: Duration) {
-        self.recent.record(took.as_micros() as u64);
     }
 
     pub fn percentiles(&mut self) -> Percentiles {

@@ -228,23 +228,20 @@ fn collect_disks(memory: &GuestMemory, written: &mut PageSet) -> Result<(), Disk
 }
 
 /// Pages of disks whose contents at a cut can be read after it, until this is dropped.
-struct Held<'a>(Option<&'a DiskSet>);
+struct Held<'a>(&'a DiskSet);
 
 impl<'a> Held<'a> {
-    fn hold(memory: &'a GuestMemory, pages: &PageSet) -> Self {
-        let disks = memory.disks().filter(|(disks, _)| disks.is_ready() && !disks.is_empty());
-        if let Some((disks, first)) = disks {
-            disks.hold(first, pages);
-        }
-        Self(disks.map(|(disks, _)| &**disks))
+    /// `None`: there are no disks.
+    fn hold(memory: &'a GuestMemory, pages: &PageSet) -> Option<Self> {
+        let (disks, first) = memory.disks().filter(|(disks, _)| !disks.is_empty())?;
+        disks.hold(first, pages);
+        Some(Self(disks))
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        if let Some(disks) = self.0 {
-            disks.release();
-        }
+        self.0.release();
     }
 }
 
@@ -379,7 +376,7 @@ impl Cutter {
             if dirty.len() - in_memory > DISK_PAGES_MAX {
                 return Ok(());
             }
-            for_later = Some(Held::hold(&memory, &dirty));
+            for_later = Held::hold(&memory, &dirty);
             let in_ram = dirty.iter().filter(|page| !memory.is_disk(*page)).collect();
             parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spare))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;

@@ -252,11 +252,12 @@ impl Shared {
             let answered = self.answer(&mut socket, &head, &mut buffer);
             // What is answered is made afterwards: the next request may find the connection shut down for that.
             let took = begun.elapsed();
+            let longest = before.max(took);
             match answered {
                 Ok(true) => before = took,
                 Ok(false) => return Ok(()),
-                Err(error) if before.max(took) >= STUCK_AFTER => {
-                    let ms = before.max(took).as_millis();
+                Err(error) if longest >= STUCK_AFTER => {
+                    let ms = longest.as_millis();
                     let reason = format!("writing took {ms} ms, and the guard lets the guest go on before: {error}");
                     return Err(io::Error::other(reason));
                 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, SockFilter, Socket, Type};
-use vmsync::inbound::MAX_FRAME_BYTES;
+use vmsync::inbound::{MAX_FRAME_BYTES, MAX_SENT_BYTES, MAX_SENT_FRAMES};
 
 use super::{link_address, parse_mac};
 use crate::capture::priority::Brisk;
@@ -22,15 +22,12 @@ use crate::capture::priority::Brisk;
 /// `struct virtio_net_hdr`.
 const HEADER_BYTES: usize = 10;
 const ETHERNET_BYTES: usize = 14;
-const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
+const IPV4: u16 = libc::ETH_P_IP as u16;
+const IPV6: u16 = libc::ETH_P_IPV6 as u16;
 /// For frames that nobody has read yet.
 const SOCKET_BYTES: usize = 256 << 10;
-/// Read and not taken by whoever is told of them.
-const WAITING_BYTES: usize = 64 << 10;
-const WAITING_FRAMES: usize = 256;
+/// Read and not taken by whoever is told of them; more are not sent.
+const WAITING_BYTES: usize = MAX_SENT_BYTES as usize;
 const FRAMES_AT_ONCE: usize = 64;
 /// Between two looks: frames that come together are told of together.
 const PAUSE: Duration = Duration::from_micros(300);
@@ -55,7 +52,7 @@ impl Seen {
     fn add(&self, frames: Vec<Vec<u8>>) -> bool {
         let mut seen = self.lock();
         let were_none = seen.is_empty();
-        let room = WAITING_FRAMES.saturating_sub(seen.len());
+        let room = MAX_SENT_FRAMES.saturating_sub(seen.len());
         let mut bytes: usize = seen.iter().map(Vec::len).sum();
         seen.extend(frames.into_iter().take(room).take_while(|frame| {
             bytes += frame.len();
@@ -203,8 +200,8 @@ fn filter([a, b, c, d, e, f]: [u8; 6]) -> [SockFilter; 20] {
         op(ja, 0, 0, 2),
         op(jeq, 0, 3, IPV6.into()),
         op(ldb, 0, 0, 20),
-        op(jeq, 2, 0, TCP.into()),
-        op(jeq, 1, 0, UDP.into()),
+        op(jeq, 2, 0, libc::IPPROTO_TCP as u32),
+        op(jeq, 1, 0, libc::IPPROTO_UDP as u32),
         op(ret, 0, 0, 0),
         op(ret, 0, 0, u32::MAX),
     ]

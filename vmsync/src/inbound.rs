@@ -19,7 +19,8 @@ pub const MAX_FRAME_BYTES: usize = 4096;
 pub const MAX_SENT_BYTES: u64 = 64 << 10;
 /// What a short frame counts for at least.
 const LEAST_BYTES: u64 = 256;
-const MAX_SENT_FRAMES: usize = (MAX_SENT_BYTES / LEAST_BYTES) as usize;
+/// As many short frames as that is.
+pub const MAX_SENT_FRAMES: usize = (MAX_SENT_BYTES / LEAST_BYTES) as usize;
 /// Longest body of a message: all that can be sent from one cut to the next.
 pub(crate) const MAX_BODY_BYTES: usize = MAX_SENT_BYTES as usize + 2 * MAX_SENT_FRAMES;
 /// Kept by a target at most, whatever its source says.

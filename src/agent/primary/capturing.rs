@@ -26,7 +26,7 @@ use super::session::{Input, Session, TICK};
 use super::watch::STUCK_AFTER;
 use super::{PrimaryContext, Reply};
 use crate::agent::libvirt::LiveDomain;
-use crate::agent::stats::{Dirty, Parts, Pauses, PeakLags, Rate};
+use crate::agent::stats::{Dirty, Pauses, PeakLags, Rate, Recent};
 use crate::api::control::PrimaryStatus;
 use crate::api::types::{ApiError, Budget, CaptureStats, VerifyReport};
 use crate::capture::advice::huge_pages;
@@ -61,8 +61,9 @@ pub(super) struct Totals {
     epochs: u64,
     watchdog_fired: u64,
     pauses: Pauses,
-    searches: Parts,
-    copies: Parts,
+    /// Of the pauses, microseconds.
+    searches: Recent,
+    copies: Recent,
     dirty: Dirty,
 }
 
@@ -381,8 +382,8 @@ impl Capturing {
         let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mappings, mark } = captured;
         tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
-        self.totals.searches.record(scan);
-        self.totals.copies.record(copy);
+        self.totals.searches.record(scan.as_micros() as u64);
+        self.totals.copies.record(copy.as_micros() as u64);
         // A block that was plugged since the cut before is not in this epoch: it must not be committed.
         if mappings != self.mappings {
             self.mappings = mappings;

@@ -125,6 +125,14 @@ struct Link {
     connected: bool,
 }
 
+impl Link {
+    /// Over a new connection: each begins with a Hello, of which it has one.
+    fn start_over(&mut self) {
+        self.connected = false;
+        self.link.reset();
+    }
+}
+
 impl Session {
     pub(super) fn new(
         context: Arc<PrimaryContext>,
@@ -352,7 +360,7 @@ impl Session {
             if let Some(capturing) = &mut self.capturing {
                 capturing.set_term(term);
             }
-            self.links.values().for_each(|link| link.link.reset());
+            self.links.values_mut().for_each(Link::start_over);
         }
     }
 
@@ -438,8 +446,8 @@ impl Session {
                 }
             }
             for host in std::mem::take(&mut capturing.out.closing) {
-                if let Some(link) = self.links.get(&host) {
-                    link.link.reset();
+                if let Some(link) = self.links.get_mut(&host) {
+                    link.start_over();
                 }
             }
             if let Some(newer_term) = capturing.out.superseded.take() {
@@ -468,11 +476,8 @@ impl Session {
             self.totals = capturing.totals();
             capturing.detach(&self.context, &self.spec.uuid, false);
         }
-        // What is attached next begins with a Hello, of which a connection has one.
-        for link in self.links.values_mut() {
-            link.connected = false;
-            link.link.reset();
-        }
+        // What is attached next begins with a Hello.
+        self.links.values_mut().for_each(Link::start_over);
         self.attach_at = Instant::now() + TICK;
     }
 

@@ -95,7 +95,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         (again.fsyncs, at_last.fsyncs),
         "/s",
     ));
-    print_pauses(bench, "pause", pauses, pauses_by_qemu)?;
+    print_pauses(bench, "pause", &pauses, &pauses_by_qemu)?;
 
     protect()?;
     power_cut(bench, &lab, &fleet, &guest)?;
@@ -117,11 +117,11 @@ fn watching(error: HypervisorError) -> LabError {
 }
 
 /// Pauses of a protected guest beside those of the same guest mirrored and cut by QEMU alone, in microseconds.
-fn print_pauses(bench: &Bench, name: &str, ours: Vec<u64>, by_qemu: Vec<u64>) -> Result<()> {
+fn print_pauses(bench: &Bench, name: &str, ours: &[u64], by_qemu: &[u64]) -> Result<()> {
     let (ours, by_qemu) = (p50_and_p99(ours)?, p50_and_p99(by_qemu)?);
     for (which, ours, by_qemu) in [("p50", ours.0, by_qemu.0), ("p99", ours.1, by_qemu.1)] {
-        let row = Row::new(format!("{name} {which}, disk mirrored"), ours as f64 / 1e3, "ms");
-        bench.print(&row.beside("ms mirrored and cut by QEMU alone", by_qemu as f64 / 1e3));
+        let row = Row::new(format!("{name} {which}, disk mirrored"), ours, "ms");
+        bench.print(&row.beside("ms mirrored and cut by QEMU alone", by_qemu));
     }
     Ok(())
 }
@@ -175,7 +175,7 @@ fn redis_phases(bench: &Bench, lab: &Lab, fleet: &Fleet, guest: &StartedGuest) -
     bench.print(&row("redis: synced SETs while protected", &protected, 0).at_least(90.0));
     bench.print(&row("redis: mirrored and cut by QEMU alone", &alone, 1));
     bench.print(&row("redis: beside as much work as the standby's", &beside, 2));
-    print_pauses(bench, "redis: pause", pauses, pauses_by_qemu)?;
+    print_pauses(bench, "redis: pause", &pauses, &pauses_by_qemu)?;
     let percent = |name: &str, share: f64| Row::new(name, share * 100.0, "%");
     bench.print(&percent("a processor, by agent and libvirtd here", shares.0));
     bench.print(&percent("a processor, by the same of the standby", shares.1));

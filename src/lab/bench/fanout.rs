@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::workloads::{self, cpu_s};
+use super::workloads::{self, agent_pid, cpu_s};
 use super::{Bench, Row};
 use crate::api::types::{GuestState, GuestView};
 use crate::lab::error::{LabError, Result};
@@ -58,8 +58,7 @@ fn phase(bench: &Bench, lab: &Lab, fleet: &Fleet, shadows: u32) -> Result<Cost> 
     fleet.wait(GUEST, "as many shadows as wanted", PROTECTED_WITHIN, all_follow)?;
     bench.say(&format!("all shadows ({shadows}) follow; measuring for {} s", MEASURE_FOR.as_secs()))?;
     bench.sleep(SETTLE_FOR)?;
-    let agent =
-        lab.service_pid(workloads::PRIMARY, "virtshadowd")?.ok_or_else(|| LabError::Product("no agent runs".into()))?;
+    let agent = agent_pid(lab)?;
     let (before, cpu_before) = (fleet.info(GUEST)?, cpu_of_tree(agent)?);
     let (began, mut dirty) = (Instant::now(), Vec::new());
     while began.elapsed() < MEASURE_FOR {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Bench, Row, memcpy_ms};
+use super::{Bench, Row, memcpy_ms, percentile};
 use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent};
 use crate::lab::error::{LabError, Result};
 use crate::lab::fleet::Fleet;
@@ -15,10 +15,6 @@ const CUTS_ALONE: u32 = 200;
 const MEASURE_FOR: Duration = Duration::from_secs(20);
 const SIZES_GIB: [u32; 3] = [1, 2, 4];
 const FILLED_WITHIN: Duration = Duration::from_secs(400);
-/// What is left to the guest's system, which needs more for what tells of more pages.
-fn system_mib(memory_mib: u32) -> u32 {
-    128 + memory_mib / 16
-}
 /// A guest that computes, rewrites 4,000 pages a second and checks them.
 const WORKLOAD: &str = "busy:4000";
 
@@ -58,9 +54,9 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let again = work_rate(bench, &mut client)?;
     let (alone_p50, alone_p99) = qemu_alone(bench, &lab, "busy")?;
     let row = Row::new("pause p50, 1 GiB, 50 ms", ms(pause.p50), "ms").at_most(1.5);
-    bench.print(&row.beside("ms QEMU alone: state to /dev/null", ms(alone_p50)));
+    bench.print(&row.beside("ms QEMU alone: state to /dev/null", alone_p50));
     let row = Row::new("pause p99", ms(pause.p99), "ms").at_most(4.0);
-    bench.print(&row.beside("ms QEMU alone", ms(alone_p99)));
+    bench.print(&row.beside("ms QEMU alone", alone_p99));
     bench.print(&Row::new("memcpy of the same pages, the limit of a copy", copy_ms, "ms"));
     let row = Row::new("unprotected again (drift of the machine)", again / unprotected * 100.0, "%");
     bench.print(&row.beside("units/s", again));
@@ -80,7 +76,9 @@ fn sizes(bench: &Bench) -> Result<()> {
     for gib in SIZES_GIB {
         bench.say(&format!("a guest of {gib} GiB"))?;
         let (name, mib) = (format!("of{gib}gib"), gib * 1024);
-        let workload = format!("dirty:2000:{}", mib - system_mib(mib)).parse().map_err(LabError::Product)?;
+        // The guest's system needs more for what tells of more pages.
+        let system_mib = 128 + mib / 16;
+        let workload = format!("dirty:2000:{}", mib - system_mib).parse().map_err(LabError::Product)?;
         let options = GuestOptions { memory_mib: mib, workload, balloon: false, ..GuestOptions::new(&name, "host1") };
         let guest = lab.guest(&options, false)?;
         // It answers when it has written all of its region once.
@@ -96,7 +94,7 @@ fn sizes(bench: &Bench) -> Result<()> {
         fleet.wait_protected(&name, Duration::from_secs(300))?;
         bench.sleep(MEASURE_FOR)?;
         let pause = fleet.info(&name)?.capture.pause_us;
-        let (p50, alone) = (pause.p50 as f64 / 1e3, alone as f64 / 1e3);
+        let p50 = pause.p50 as f64 / 1e3;
         bench.print(
             &Row::new(format!("pause p50, {gib} GiB written all over"), p50, "ms").beside("ms QEMU alone", alone),
         );
@@ -146,18 +144,18 @@ impl Watched {
     }
 }
 
-/// p50 and p99 of pauses.
-pub(super) fn p50_and_p99(mut pauses: Vec<u64>) -> Result<(u64, u64)> {
-    pauses.sort_unstable();
-    match pauses.len() {
-        0 => Err(LabError::Product("QEMU told of no pause".into())),
-        len => Ok((pauses[len / 2], pauses[len * 99 / 100])),
+/// p50 and p99 of pauses in microseconds, in milliseconds.
+pub(super) fn p50_and_p99(pauses: &[u64]) -> Result<(f64, f64)> {
+    if pauses.is_empty() {
+        return Err(LabError::Product("QEMU told of no pause".into()));
     }
+    let pauses_ms: Vec<f64> = pauses.iter().map(|us| *us as f64 / 1e3).collect();
+    Ok((percentile(&pauses_ms, 50), percentile(&pauses_ms, 99)))
 }
 
 /// The floor under every cut: how long QEMU itself stops the guest to write its device state, with nobody scanning or
-/// copying. p50 and p99 in microseconds.
-pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(u64, u64)> {
+/// copying. p50 and p99 in milliseconds.
+pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(f64, f64)> {
     let failed = |error: HypervisorError| LabError::Product(format!("the guest without protection: {error}"));
     bench.say("the same cuts by QEMU alone")?;
     let watched = Watched::start(lab, "host1").map_err(failed)?;
@@ -167,7 +165,7 @@ pub(super) fn qemu_alone(bench: &Bench, lab: &Lab, guest: &str) -> Result<(u64, 
         domain.qmp_call("xen-save-devices-state", arguments).map_err(failed)?;
         bench.sleep(INTERVAL)?;
     }
-    p50_and_p99(watched.take())
+    p50_and_p99(&watched.take())
 }
 
 /// What libvirt itself offers to get a guest's state out: how long does the guest stand still?

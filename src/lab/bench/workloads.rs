@@ -98,11 +98,11 @@ pub(super) fn stage(bench: &Bench, case: &Case, shadows: u32) -> Result<Stage> {
 fn measure(bench: &Bench, case: &Case) -> Result<()> {
     let Stage { lab, fleet, mut client } = stage(bench, case, SHADOWS)?;
     let unprotected = Work::over(bench, &mut client, COMPARE_FOR, || Ok(()))?;
-    let (alone_p50, alone_p99) = qemu_alone(bench, &lab, case.name)?;
+    let alone = qemu_alone(bench, &lab, case.name)?;
     fleet.enable(case.name, PRIMARY, SHADOWS, INTERVAL)?;
     let view = fleet.wait_protected(case.name, PROTECTED_WITHIN)?;
     bench.say(&format!("{}: protected; measuring for {} s", case.name, MEASURE_FOR.as_secs()))?;
-    let agent = lab.service_pid(PRIMARY, "virtshadowd")?.ok_or_else(|| LabError::Product("no agent runs".into()))?;
+    let agent = agent_pid(&lab)?;
     let (began, cpu_before) = (Instant::now(), cpu_s(agent)?);
     let mut samples = Samples::default();
     let protected = Work::over(bench, &mut client, MEASURE_FOR, || {
@@ -112,7 +112,7 @@ fn measure(bench: &Bench, case: &Case) -> Result<()> {
     let (cpu, elapsed) = (cpu_s(agent)? - cpu_before, began.elapsed().as_secs_f64());
     let after = fleet.info(case.name)?;
     Report { case, before: &view, after: &after, elapsed_s: elapsed }.print(bench, &samples, cpu);
-    print_parts(bench, case, &after.capture, (alone_p50, alone_p99));
+    print_parts(bench, case, &after.capture, alone);
     if protected.done >= WORK_COMPARED_MIN && unprotected.done > 0 {
         let share = protected.per_s / unprotected.per_s * 100.0;
         let row = Row::new(format!("{}: guest's own work while protected", case.name), share, "%");
@@ -123,11 +123,11 @@ fn measure(bench: &Bench, case: &Case) -> Result<()> {
 
 /// What there is of a pause before anything of it can be ours alone: QEMU's own, and the search for which it waits. Pages are
 /// copied while it goes on.
-fn print_parts(bench: &Bench, case: &Case, capture: &CaptureStats, (alone_p50, alone_p99): (u64, u64)) {
+fn print_parts(bench: &Bench, case: &Case, capture: &CaptureStats, (alone_p50, alone_p99): (f64, f64)) {
     let ms = |us: u64| us as f64 / 1e3;
-    let row = |name: &str, us: u64| Row::new(format!("{}: {name}", case.name), ms(us), "ms");
-    let search = capture.search_us.p50;
-    bench.print(&row("of that, QEMU alone: state to /dev/null", alone_p50).beside("ms p99", ms(alone_p99)));
+    let row = |name: &str, ms: f64| Row::new(format!("{}: {name}", case.name), ms, "ms");
+    let search = ms(capture.search_us.p50);
+    bench.print(&row("of that, QEMU alone: state to /dev/null", alone_p50).beside("ms p99", alone_p99));
     bench.print(&row("of that, finding written pages p50", search).beside("ms p99", ms(capture.search_us.p99)));
     let both = row("limit: QEMU alone and finding the pages", alone_p50 + search);
     bench.print(&both.beside("ms copying them p50, beside QEMU's writing", ms(capture.copy_us.p50)));
@@ -247,6 +247,11 @@ pub(super) fn record_at(bench: &Bench, stage: &Stage, case: &Case, interval: Dur
     stage.fleet.disable(case.name)?;
     // Until the agent has written all of it.
     bench.sleep(Duration::from_secs(2))
+}
+
+/// The primary's agent.
+pub(super) fn agent_pid(lab: &Lab) -> Result<i32> {
+    lab.service_pid(PRIMARY, "virtshadowd")?.ok_or_else(|| LabError::Product("no agent runs".into()))
 }
 
 fn resident_mib(pid: i32) -> Result<f64> {

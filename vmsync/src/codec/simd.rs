@@ -6,7 +6,7 @@
 //! bytes that come out are the same everywhere.
 
 use super::sum::{WORDS, weight_lines};
-use super::words::{self, INDEXES_PAGE_MAX, LITERALS_ROOM, PageStreams, TAGS_PAGE_BYTES, Table};
+use super::words::{self, PageRoom, PageStreams, Table};
 use crate::units::Page;
 
 /// Compared and copied at once.
@@ -57,7 +57,7 @@ pub(super) fn page_sum(page: &Page) -> u64 {
 }
 
 /// Writes a page's words: see [`words`]. How many indexes and literals they took.
-pub(super) fn write_words(page: &Page, table: &mut Table, out: PageStreams<'_>) -> (usize, usize) {
+pub(super) fn write_words(page: &Page, table: &mut Table, out: PageRoom<'_>) -> (usize, usize) {
     #[cfg(target_arch = "x86_64")]
     if x86::has_avx512_vbmi2() {
         // SAFETY: this CPU has what the function is compiled for.
@@ -67,34 +67,33 @@ pub(super) fn write_words(page: &Page, table: &mut Table, out: PageStreams<'_>) 
 }
 
 /// Reads a page's words, whatever these bytes are. How many indexes and literals they took.
-pub(super) fn read_words(
-    page: &mut Page,
-    table: &mut Table,
-    tags: &[u8; TAGS_PAGE_BYTES],
-    indexes: &[u8; INDEXES_PAGE_MAX],
-    literals: &[u8; LITERALS_ROOM],
-) -> (usize, usize) {
+pub(super) fn read_words(page: &mut Page, table: &mut Table, from: PageStreams<'_>) -> (usize, usize) {
     #[cfg(target_arch = "x86_64")]
     if x86::has_avx512_vbmi2() {
         // SAFETY: this CPU has what the function is compiled for.
-        return unsafe { x86::read_words_avx512(page, table, tags, indexes, literals) };
+        return unsafe { x86::read_words_avx512(page, table, from) };
     }
-    words::read_portable(page, table, tags, indexes, literals)
+    words::read_portable(page, table, from)
 }
 
 /// One bit for each byte of a line that differs.
 pub(super) fn line_mask(old: &Line, new: &Line) -> u64 {
-    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-    /// Moves bit 0 of byte i to bit 56 + i, without carries between them.
-    const GATHER: u64 = 0x0102_0408_1020_4080;
     let mut mask = 0;
     for (word, (old, new)) in old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0).enumerate() {
         let differs = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
-        // The top bit of each byte that is not zero.
-        let top = (((differs & LOW) + LOW) | differs) & !LOW;
-        mask |= ((top >> 7).wrapping_mul(GATHER) >> 56) << (8 * word);
+        mask |= u64::from(used_bytes(differs)) << (8 * word);
     }
     mask
+}
+
+/// One bit for each byte of a word that is not zero.
+pub(super) fn used_bytes(word: u64) -> u8 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    /// Moves bit 0 of byte i to bit 56 + i, without carries between them.
+    const GATHER: u64 = 0x0102_0408_1020_4080;
+    // The top bit of each byte that is not zero.
+    let top = (((word & LOW) + LOW) | word) & !LOW;
+    ((top >> 7).wrapping_mul(GATHER) >> 56) as u8
 }
 
 /// The value will be used soon: it is fetched into the CPU's second cache. The first one is too small for some pages
@@ -285,7 +284,7 @@ mod x86 {
     const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
-    pub(super) fn write_words_avx512(page: &Page, table: &mut Table, out: PageStreams<'_>) -> (usize, usize) {
+    pub(super) fn write_words_avx512(page: &Page, table: &mut Table, out: PageRoom<'_>) -> (usize, usize) {
         let values = AS_VALUE.as_chunks::<LINE_BYTES>().0;
         let values = [load_line(&values[0]), load_line(&values[1]), load_line(&values[2]), load_line(&values[3])];
         let (near_entry, literal_bytes) = (load_16(&near_entry()), load_16(&LITERAL_BYTES));
@@ -327,13 +326,8 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
-    pub(super) fn read_words_avx512(
-        page: &mut Page,
-        table: &mut Table,
-        tags: &[u8; TAGS_PAGE_BYTES],
-        indexes: &[u8; INDEXES_PAGE_MAX],
-        literals: &[u8; LITERALS_ROOM],
-    ) -> (usize, usize) {
+    pub(super) fn read_words_avx512(page: &mut Page, table: &mut Table, from: PageStreams<'_>) -> (usize, usize) {
+        let PageStreams { tags, indexes, literals } = from;
         let (literal_bytes, entry_bytes) = (load_16(&LITERAL_BYTES), load_16(&ENTRY_BYTES));
         let (mut index, mut literal) = (0, 0);
         for (line, tags) in page.as_chunks_mut::<LINE_BYTES>().0.iter_mut().zip(tags.as_chunks().0) {

@@ -103,10 +103,18 @@ fn slot(word: u64) -> u8 {
 }
 
 /// Where a page's streams are written to.
-pub(super) struct PageStreams<'a> {
+pub(super) struct PageRoom<'a> {
     pub(super) tags: &'a mut [u8; TAGS_PAGE_BYTES],
     pub(super) indexes: &'a mut [u8; INDEXES_PAGE_MAX],
     pub(super) literals: &'a mut [u8; LITERALS_ROOM],
+}
+
+/// Where they are read from.
+#[derive(Clone, Copy)]
+pub(super) struct PageStreams<'a> {
+    pub(super) tags: &'a [u8; TAGS_PAGE_BYTES],
+    pub(super) indexes: &'a [u8; INDEXES_PAGE_MAX],
+    pub(super) literals: &'a [u8; LITERALS_ROOM],
 }
 
 /// Whether this way suits a page: not if it is text, code or compressed.
@@ -143,7 +151,7 @@ impl WordWriter {
     pub(super) fn push(&mut self, page: &Page) {
         let tags_len = self.tags.len();
         self.tags.resize(tags_len + TAGS_PAGE_BYTES, 0);
-        let room = PageStreams {
+        let room = PageRoom {
             tags: room(&mut self.tags, tags_len),
             indexes: room(&mut self.indexes, self.indexes_len),
             literals: room(&mut self.literals, self.literals_len),
@@ -185,7 +193,8 @@ pub(super) fn read(pages: &mut [Page], streams: &[u8], indexes_len: usize) -> Op
     for (page, tags) in pages.iter_mut().zip(tags.as_chunks().0) {
         // Both are there, unless more was taken before than there is.
         let (indexes, literals) = (streams.get(index..)?.first_chunk()?, streams.get(literal..)?.first_chunk()?);
-        let (indexes_taken, literals_taken) = simd::read_words(page, &mut table, tags, indexes, literals);
+        let from = PageStreams { tags, indexes, literals };
+        let (indexes_taken, literals_taken) = simd::read_words(page, &mut table, from);
         index += indexes_taken;
         literal += literals_taken;
     }
@@ -193,7 +202,7 @@ pub(super) fn read(pages: &mut [Page], streams: &[u8], indexes_len: usize) -> Op
 }
 
 /// The reference of [`simd::write_words`].
-pub(super) fn write_portable(page: &Page, table: &mut Table, out: PageStreams<'_>) -> (usize, usize) {
+pub(super) fn write_portable(page: &Page, table: &mut Table, out: PageRoom<'_>) -> (usize, usize) {
     let (mut index, mut literal) = (0, 0);
     for (line, tags_to) in page.as_chunks::<LINE_BYTES>().0.iter().zip(out.tags.as_chunks_mut().0) {
         let words: [u64; LINE_WORDS] = std::array::from_fn(|at| u64::from_le_bytes(line.as_chunks::<8>().0[at]));
@@ -213,7 +222,7 @@ pub(super) fn write_portable(page: &Page, table: &mut Table, out: PageStreams<'_
                 0x100..0x1_0000 => NEAR_ENTRY[2],
                 _ => NEAR_ENTRY[4],
             };
-            let tag = near.min(AS_VALUE[usize::from(used_bytes(word))]) & 15;
+            let tag = near.min(AS_VALUE[usize::from(simd::used_bytes(word))]) & 15;
             tags |= u32::from(tag) << (4 * at);
             let is_entry = tag >= ENTRY;
             out.indexes[index] = slot;
@@ -230,13 +239,8 @@ pub(super) fn write_portable(page: &Page, table: &mut Table, out: PageStreams<'_
 }
 
 /// The reference of [`simd::read_words`].
-pub(super) fn read_portable(
-    page: &mut Page,
-    table: &mut Table,
-    tags: &[u8; TAGS_PAGE_BYTES],
-    indexes: &[u8; INDEXES_PAGE_MAX],
-    literals: &[u8; LITERALS_ROOM],
-) -> (usize, usize) {
+pub(super) fn read_portable(page: &mut Page, table: &mut Table, from: PageStreams<'_>) -> (usize, usize) {
+    let PageStreams { tags, indexes, literals } = from;
     let (mut index, mut literal) = (0, 0);
     for (line, tags) in page.as_chunks_mut::<LINE_BYTES>().0.iter_mut().zip(tags.as_chunks().0) {
         let mut tags = u32::from_le_bytes(*tags);
@@ -273,15 +277,6 @@ pub(super) fn read_portable(
 /// So many low bytes, at most 4.
 fn low_bytes(len: u8) -> u64 {
     (1 << (8 * len)) - 1
-}
-
-/// The bytes of a word that are not zero, one bit each.
-fn used_bytes(word: u64) -> u8 {
-    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-    /// Moves bit 0 of byte i to bit 56 + i, without carries between them.
-    const GATHER: u64 = 0x0102_0408_1020_4080;
-    let top = (((word & LOW) + LOW) | word) & !LOW;
-    ((top >> 7).wrapping_mul(GATHER) >> 56) as u8
 }
 
 #[cfg(test)]
@@ -332,10 +327,11 @@ mod tests {
         let mut tables = [[0; 256]; 2];
         for page in pages {
             let (mut t, mut i, mut l) = ([1; TAGS_PAGE_BYTES], [1; INDEXES_PAGE_MAX], [1; LITERALS_ROOM]);
-            let room = PageStreams { tags: &mut t, indexes: &mut i, literals: &mut l };
+            let room = PageRoom { tags: &mut t, indexes: &mut i, literals: &mut l };
             let taken = write_portable(page, &mut tables[0], room);
             let mut read_page = [7; PAGE_SIZE];
-            assert_eq!(read_portable(&mut read_page, &mut tables[1], &t, &i, &l), taken);
+            let from = PageStreams { tags: &t, indexes: &i, literals: &l };
+            assert_eq!(read_portable(&mut read_page, &mut tables[1], from), taken);
             assert!(read_page == *page && tables[0] == tables[1]);
             tags.extend_from_slice(&t);
             indexes.extend_from_slice(&i[..taken.0]);
@@ -405,10 +401,11 @@ mod tests {
                     let _ = read(&mut [[0; PAGE_SIZE]], &streams[skipped..], indexes_len);
                 }
                 let (indexes, literals) = (streams.first_chunk().unwrap(), streams.last_chunk().unwrap());
+                let from = PageStreams { tags: &tags, indexes, literals };
                 let (mut tables, mut found) = ([[5; 256]; 2], [[1; PAGE_SIZE], [2; PAGE_SIZE]]);
                 let taken = [
-                    read_portable(&mut found[0], &mut tables[0], &tags, indexes, literals),
-                    simd::read_words(&mut found[1], &mut tables[1], &tags, indexes, literals),
+                    read_portable(&mut found[0], &mut tables[0], from),
+                    simd::read_words(&mut found[1], &mut tables[1], from),
                 ];
                 prop_assert_eq!(taken[0], taken[1]);
                 prop_assert!(found[0] == found[1] && tables[0] == tables[1]);
