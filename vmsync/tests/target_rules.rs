@@ -479,6 +479,40 @@ fn frames_for_the_guest_are_kept_until_a_commit_covers_them() {
     bench.step(promote(Some(Epoch::new(1))));
     assert_eq!(first(&mut bench), []);
 
+    // A refusal changes nothing: not kept, too old, of an old term.
+    let mut bench = Bench::committed();
+    send(&mut bench, &[frame(1)]);
+    let order = |term, after, back_to: Option<u64>| {
+        let (term, after_epoch) = (Term::new(term), Epoch::new(after));
+        TargetEvent::Promote { term, after_epoch, back_to: back_to.map(Epoch::new) }
+    };
+    for order in [order(4, 0, Some(77)), order(4, 9, None), order(4, 9, Some(1)), order(3, 0, Some(1))] {
+        let effects = bench.step(order.clone());
+        assert!(matches!(effects[..], [TargetEffect::PromoteRefused(_)]), "{order:?}: {effects:?}");
+    }
+    send(&mut bench, &[frame(2)]);
+    bench.step(promote(None));
+    assert_eq!(first(&mut bench), [1, 2]);
+
+    // Nor does one that came to nothing because a record cannot be read; read, it gives up what came since.
+    let state = DeviceState { running: true, bytes: b"QEVM"[..].into() };
+    for (result, left) in [(Err("damaged".into()), [1].as_slice()), (Ok(state), &[])] {
+        let mut bench = Bench::committed();
+        bench.step(TargetEvent::KeepChanged { keep: Keep { epochs: 4, age: Millis::new(0), bytes: 1 << 20 } });
+        bench.send(1, 3, 2, &pages(0, 2));
+        let seq = bench.commit(1, 2).iter().find_map(|effect| match effect {
+            TargetEffect::Keep(undo) => Some(undo.head.seq),
+            _ => None,
+        });
+        bench.step(TargetEvent::Kept { seq: seq.expect("a record"), bytes: Some(8192) });
+        send(&mut bench, &[frame(1)]);
+        let effects = bench.step(order(4, 0, Some(1)));
+        assert!(matches!(effects.last(), Some(TargetEffect::ReadBack { .. })), "{effects:?}");
+        bench.step(TargetEvent::BackRead { result });
+        bench.step(promote(None));
+        assert_eq!(first(&mut bench), left);
+    }
+
     // The next source says itself what is on its way; an image that is lost takes them along.
     for event in [None, Some(TargetEvent::ImageLost)] {
         let mut bench = Bench::committed();

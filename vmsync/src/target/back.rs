@@ -145,6 +145,8 @@ impl Target {
             return;
         };
         image.committed = Some((commit, device_state.clone()));
+        // They belong to what is given up.
+        self.inbound.clear();
         let promotion = Promotion { term, commit, newest, device_state: device_state.clone() };
         self.become_primary(promotion, conn, effects);
     }

@@ -21,13 +21,13 @@ impl Target {
         back_to: Option<Epoch>,
         effects: &mut Vec<TargetEffect>,
     ) {
-        if back_to.is_some() {
-            // They belong to what is given up.
-            self.inbound.clear();
-        }
         match self.may_promote(term, after_epoch, back_to) {
             Err(refusal) => effects.push(TargetEffect::PromoteRefused(refusal)),
             Ok(Way::On(promotion)) => {
+                if back_to.is_some() {
+                    // Asked for by its number: what came since is given up, also if that is nothing but frames.
+                    self.inbound.clear();
+                }
                 let conn = self.session.as_ref().map(|s| s.conn);
                 // Drops what is staged and applies what is sealed.
                 self.end_session(effects);

@@ -4,7 +4,8 @@
 use vmsync::inbound::{MAX_FRAME_BYTES, MAX_SENT_BYTES};
 use vmsync::message::SourceBody;
 use vmsync::source::SourceEvent;
-use vmsync::target::Promotion;
+use vmsync::target::{Promotion, TargetEvent};
+use vmsync::units::{Epoch, Term};
 
 use super::{Ev, Rng, World};
 
@@ -52,11 +53,17 @@ pub struct Heard {
     open: bool,
     /// Since the last commit was made up, lost or doubted.
     frames: Vec<Frame>,
+    /// The newest order to promote names an epoch: if it is carried out, none of them are due.
+    names_an_epoch: bool,
 }
 
 impl Heard {
     pub fn nothing(&mut self) {
         self.frames.clear();
+    }
+
+    pub fn ordered(&mut self, back_to: Option<Epoch>) {
+        self.names_an_epoch = back_to.is_some();
     }
 
     pub fn ended(&mut self, link: u64) {
@@ -129,6 +136,15 @@ impl World {
         }
     }
 
+    /// Some operators first ask for an epoch that nobody keeps. That changes nothing.
+    pub fn ask_in_vain(&mut self, node: usize, term: Term) {
+        if self.traffic.most > 0 && self.traffic.rng.chance(300) {
+            self.seen.refused_with_frames += u64::from(!self.nodes[node].heard.frames.is_empty());
+            let back_to = Some(Epoch::new(88_888));
+            self.target_event(node, TargetEvent::Promote { term, after_epoch: Epoch::NONE, back_to });
+        }
+    }
+
     /// What the driver gives to the guest that was promoted.
     pub fn check_frames(&mut self, node: usize, promotion: &Promotion) {
         let key = (promotion.commit.lineage.get(), promotion.commit.epoch.get());
@@ -148,8 +164,8 @@ impl World {
         }
         // And all that came is there.
         let frames = std::mem::take(&mut n.heard.frames);
-        let due: Vec<Frame> =
-            frames.into_iter().filter(|(lineage, number)| *lineage == key.0 && *number > planned).collect();
+        let is_due = |(lineage, number): &Frame| *lineage == key.0 && *number > planned && !n.heard.names_an_epoch;
+        let due: Vec<Frame> = frames.into_iter().filter(is_due).collect();
         assert_eq!(taken, due, "node {node}, promoted from {key:?}, which has all up to {planned}");
         self.seen.frames_replayed += taken.len() as u64;
         self.seen.replays += u64::from(!taken.is_empty());

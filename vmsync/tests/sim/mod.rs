@@ -163,6 +163,7 @@ pub struct Seen {
     pub restarts: u64,
     pub replays: u64,
     pub frames_replayed: u64,
+    pub refused_with_frames: u64,
 }
 
 impl Seen {
@@ -211,6 +212,7 @@ impl Seen {
         s.restarts += w.restarts;
         s.replays += w.replays;
         s.frames_replayed += w.frames_replayed;
+        s.refused_with_frames += w.refused_with_frames;
     }
 
     pub fn assert_everything_happened(&self, seeds: u64) {
@@ -251,6 +253,7 @@ impl Seen {
             ("restarts of a primary's agent", self.restarts),
             ("promotions with frames to replay", self.replays),
             ("frames to replay", self.frames_replayed / 10),
+            ("refused ways back with frames to keep", self.refused_with_frames),
         ] {
             assert!(times >= seeds / 20, "too few {what}: {times} in {seeds} seeds");
         }

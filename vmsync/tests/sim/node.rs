@@ -178,8 +178,10 @@ impl World {
         let now = self.clock_of(node);
         let n = &mut self.nodes[node];
         let Some(target) = &mut n.target else { return };
-        if matches!(event, TargetEvent::ImageLost | TargetEvent::Promote { back_to: Some(_), .. }) {
-            n.heard.nothing();
+        match event {
+            TargetEvent::ImageLost => n.heard.nothing(),
+            TargetEvent::Promote { back_to, .. } => n.heard.ordered(back_to),
+            _ => {}
         }
         let mut effects = Vec::new();
         target.step(now, event, &mut effects);
@@ -469,6 +471,7 @@ impl World {
         let alive = self.nodes.iter().filter(|n| !n.promoted).count();
         if self.nature.faults && alive > 1 && !self.nodes[node].promoted {
             let term = Term::new(self.term + 1);
+            self.ask_in_vain(node, term);
             let kept = self.nodes[node].target.as_ref().map(|target| target.kept()).unwrap_or_default();
             let back_to = if self.rng.chance(600) && !kept.is_empty() {
                 let kept = kept[self.rng.below(kept.len() as u64) as usize];
