@@ -47,9 +47,12 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
     let mut random = Random::from_env();
     let bed = Bed::raise("told", 3, 1, QemuUser::Root);
     enable(&bed, output_commit(Quorum::All, OnLoss::Consistency));
-    let mut client = bed.lab.guest_client(bed.guest.ip).unwrap();
-    client.set_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut told = client.status().unwrap();
+    // In turn; both last over all power cuts.
+    let mut clients = [bed.lab.guest_client(bed.guest.ip).unwrap(), bed.lab.guest_client_by_ipv6(&bed.guest).unwrap()];
+    for client in &mut clients {
+        client.set_timeout(Some(Duration::from_secs(20))).unwrap();
+    }
+    let mut told = clients[1].status().unwrap();
     let rounds: u32 = std::env::var("ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
     // Whether a request is under way when the power goes is chance: on until one was.
     let is_it = |event: &EventView| event.kind == "inbound-replayed";
@@ -59,6 +62,7 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
         assert!(round < rounds + 12, "no frame was replayed in {round} rounds");
         round += 1;
         let host = wait_holding(&bed).primary.host;
+        let (client, protocol) = (&mut clients[round as usize % 2], ["IPv4", "IPv6"][round as usize % 2]);
         let cut_at = Instant::now() + Duration::from_millis(300 + random.below(500));
         let (mut cut, mut asked, mut longest) = (None, 0u32, Duration::ZERO);
         // The same connection all the time: before, during and after the power cut.
@@ -68,7 +72,7 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
             }
             let began = Instant::now();
             let answer =
-                client.status().unwrap_or_else(|error| panic!("round {round}: the connection is lost: {error}"));
+                client.status().unwrap_or_else(|error| panic!("round {round}: {protocol}: it is lost: {error}"));
             longest = longest.max(began.elapsed());
             assert!(
                 answer.counter >= told.counter && answer.uptime_ms >= told.uptime_ms && answer.boot == told.boot,
@@ -80,7 +84,7 @@ fn what_a_client_was_told_stays_true_over_power_cuts() {
         }
         let now_on = bed.fleet.info(GUEST).unwrap().primary.host;
         println!(
-            "round {round}: {host} -> {now_on}, {asked} answers on one connection, longest wait {longest:?}, {} replays",
+            "round {round}: {host} -> {now_on}, {asked} answers by {protocol}, longest wait {longest:?}, {} replays",
             replayed()
         );
         assert_ne!(now_on, host);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Error, ErrorKind, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,8 +13,7 @@ use super::namespace;
 pub const GUEST_PORT: u16 = 7000;
 
 /// Connects from inside a network namespace; the stream works in any thread.
-pub fn connect_in(netns: &Path, ip: Ipv4Addr, port: u16, timeout: Duration) -> Result<TcpStream> {
-    let addr = SocketAddr::from((ip, port));
+pub fn connect_in(netns: &Path, addr: SocketAddr, timeout: Duration) -> Result<TcpStream> {
     let stream = namespace::enter(netns, || TcpStream::connect_timeout(&addr, timeout))?
         .map_err(LabError::system(format!("connect to {addr} from {}", netns.display())))?;
     stream.set_nodelay(true).map_err(LabError::system("set TCP_NODELAY"))?;

@@ -35,7 +35,7 @@ mod state;
 mod status;
 mod watch;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -56,6 +56,7 @@ use namespace::{FABRIC, UPLINK};
 use state::LabLock;
 
 use crate::config::Transport;
+use crate::packet::parse_mac;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of a guest that boots: TCP itself would try again only after a second.
@@ -288,6 +289,15 @@ impl Lab {
         self.connect_from_client(ip, GUEST_PORT).map(GuestClient::new)
     }
 
+    /// The same over IPv6, at the address that the guest gives itself; the client has IPv6 from here on.
+    pub fn guest_client_by_ipv6(&self, guest: &StartedGuest) -> Result<GuestClient> {
+        let mac = parse_mac(&guest.mac).ok_or_else(|| LabError::Product(format!("{} is no MAC", guest.mac)))?;
+        let interface = namespace::enable_ipv6(&self.name, CLIENT)?;
+        let addr = SocketAddrV6::new(namespace::link_local(mac), GUEST_PORT, 0, interface);
+        let netns = namespace::netns_path(&self.name, CLIENT);
+        client::connect_in(&netns, addr.into(), CONNECT_TIMEOUT).map(GuestClient::new)
+    }
+
     /// A TCP connection from the client's place in the network.
     pub fn connect_from_client(&self, ip: Ipv4Addr, port: u16) -> Result<std::net::TcpStream> {
         self.connect_within(ip, port, CONNECT_TIMEOUT)
@@ -299,7 +309,7 @@ impl Lab {
     }
 
     fn connect_within(&self, ip: Ipv4Addr, port: u16, timeout: Duration) -> Result<std::net::TcpStream> {
-        client::connect_in(&namespace::netns_path(&self.name, CLIENT), ip, port, timeout)
+        client::connect_in(&namespace::netns_path(&self.name, CLIENT), (ip, port).into(), timeout)
     }
 
     /// A client that asks the workload at `ip` every `interval` and measures what it sees.

@@ -11,6 +11,7 @@
 //! cutting a cable is taking that port down.
 
 use std::fs::File;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::error::{LabError, Result};
@@ -194,6 +196,24 @@ pub fn wait_forwarding(lab: &str, interfaces: &[(&str, &str)]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives a node's cable IPv6, which it is made without, and returns the number of the interface there.
+pub fn enable_ipv6(lab: &str, node: &str) -> Result<u32> {
+    enter(&netns_path(lab, node), || {
+        // Nobody else has this address, and there are no routers: it is of use at once, and quiet.
+        for (setting, value) in [("accept_dad", "0"), ("router_solicitations", "0"), ("disable_ipv6", "0")] {
+            let path = format!("/proc/sys/net/ipv6/conf/{UPLINK}/{setting}");
+            std::fs::write(&path, value).map_err(LabError::io("write", path.as_ref()))?;
+        }
+        if_nametoindex(UPLINK).map_err(LabError::system(format!("find interface {UPLINK} of {node}")))
+    })?
+}
+
+/// The address that a kernel gives an interface with this MAC by itself (RFC 4291, appendix A).
+pub fn link_local(mac: [u8; 6]) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
 /// Runs `work` on a thread of its own inside a network namespace; sockets made there stay there.
