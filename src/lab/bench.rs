@@ -23,7 +23,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use super::error::{LabError, Result};
-use super::guest::Workload;
+use super::guest::{Workload, memory_mib};
 use super::{GuestOptions, Lab, LabOptions, StartedGuest};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -121,6 +121,12 @@ pub struct BenchOptions {
     /// Measure the benchmark "codec" on a recording that was made before; several times for several
     #[arg(long, value_name = "FILE")]
     pub replay: Vec<PathBuf>,
+    /// Memory of the guest of the benchmark "output", as 256M or 1G; 1G if not given
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    pub guest_memory: Option<u32>,
+    /// Frames that its interface takes while nobody empties it: 256 (QEMU's usual), 512 or 1024; 1024 if not given
+    #[arg(long, value_name = "FRAMES")]
+    pub rx_queue: Option<u32>,
 }
 
 /// What a benchmark has: a lab of its own, and a way to print.
@@ -147,6 +153,13 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
     if !matches!(which, Some(Benchmark::Workloads | Benchmark::Codec)) && !options.workload.is_empty() {
         return refuse("--workload", "the benchmarks \"workloads\" and \"codec\" take");
     }
+    let (memory, rx_queue) = (options.guest_memory, options.rx_queue);
+    for (option, given) in [("--guest-memory", memory.is_some()), ("--rx-queue", rx_queue.is_some())] {
+        if given && which != Some(Benchmark::Output) {
+            return refuse(option, "the benchmark \"output\" takes");
+        }
+    }
+    let output_guest = output::guest(memory, rx_queue)?;
     let record_dir = options.record.as_deref().map(std::path::absolute).transpose();
     let record_dir = record_dir.map_err(LabError::system("find the folder to record into"))?;
     let bench = Bench { json, interrupt, lab_name: lab_name.to_owned(), record_dir };
@@ -160,7 +173,7 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
             Benchmark::Switchover => failover::run_switchover(&bench, rounds)?,
             Benchmark::Workloads => workloads::run(&bench, &options.workload)?,
             Benchmark::Fanout => fanout::run(&bench)?,
-            Benchmark::Output => output::run(&bench)?,
+            Benchmark::Output => output::run(&bench, &output_guest)?,
             Benchmark::Disk => disk::run(&bench)?,
             Benchmark::Codec => codec::run(&bench, &options.workload, &options.replay)?,
         }

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::bench::{self, BenchOptions};
 use super::error::{LabError, Result};
-use super::guest::{Backing, GuestDisk, GuestOptions, Machine, Workload};
+use super::guest::{Backing, GuestDisk, GuestOptions, Machine, Workload, memory_mib};
 use super::{Lab, LabOptions, QemuUser, demo, image, init};
 
 /// Several hosts on this one machine, each with its own network, libvirtd and virtshadowd, to try and to test
@@ -92,8 +92,8 @@ enum LabCommand {
         /// Host to start it on
         #[arg(long, value_name = "H")]
         host: String,
-        /// Memory in MiB; 256 if not given, 1024 with redis, postgres or gcc (384 for a database on a disk)
-        #[arg(long, value_name = "MIB")]
+        /// Memory in MiB, or as 512M or 1G; 256 if not given, 1024 with redis, postgres or gcc (384 for a database on a disk)
+        #[arg(long, value_name = "MIB", value_parser = memory_mib)]
         memory: Option<u32>,
         /// Virtual CPUs
         #[arg(long, default_value_t = 1, value_name = "N")]

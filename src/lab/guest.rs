@@ -48,6 +48,19 @@ pub enum Backing {
     Memfd,
 }
 
+/// MiB of a guest's memory, as the command line takes it.
+pub(super) fn memory_mib(text: &str) -> Result<u32, String> {
+    let (number, factor) = match text.strip_suffix(['G', 'g']) {
+        Some(number) => (number, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let mib = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
+    let fits = mib.filter(|mib| (MEMORY_MIN_MIB..=MEMORY_MAX_MIB).contains(mib));
+    fits.ok_or_else(|| {
+        format!("must be MiB such as 256, 256M or 1G, from {MEMORY_MIN_MIB}M to {}G", MEMORY_MAX_MIB / 1024)
+    })
+}
+
 /// What the guest does; written `idle`, `counter`, `busy[:RATE[:MIB]]`, `dirty:RATE[:MIB]`, `random[:RATE[:MIB]]`, or
 /// the name of a [`Software`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -404,6 +417,16 @@ mod tests {
         options.check().unwrap();
         options.disks.push("512".parse().unwrap());
         assert!(options.check().unwrap_err().to_string().contains("at most 2"));
+    }
+
+    #[test]
+    fn memory_is_mib_or_has_a_unit() {
+        for (text, mib) in [("96", 96), ("256M", 256), ("1G", 1024), ("64g", 65_536)] {
+            assert_eq!(memory_mib(text), Ok(mib), "{text}");
+        }
+        for text in ["", "M", "0", "95M", "65G", "1T", "1.5G", "-1", "4194304G", "256MM", " 256"] {
+            assert!(memory_mib(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -26,9 +26,9 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const BULK_BYTES: u64 = 8 << 20;
 /// A guest that does something besides: 1,000 pages a second.
 const WORKLOAD: &str = "dirty:1000";
-/// A guest with less has a smaller receive window, which then bounds what is sent to it.
+/// Unless another is asked for. A guest with less has a smaller receive window, which then bounds what is sent to it.
 const MEMORY_MIB: u32 = 1024;
-/// With QEMU's usual 256 the ring is full at many cuts, and QEMU drops the frame that waits for room when it stops the guest.
+/// The same. With QEMU's usual 256 the ring is full at many cuts, and QEMU drops the frame that waits for room when it stops the guest.
 const RX_QUEUE: u32 = 1024;
 
 /// How a client finds the guest.
@@ -70,19 +70,25 @@ impl Seen {
     }
 }
 
-pub(super) fn run(bench: &Bench) -> Result<()> {
+/// The guest that is measured, if QEMU and the lab take it.
+pub(super) fn guest(memory_mib: Option<u32>, rx_queue: Option<u32>) -> Result<GuestOptions> {
+    let options = GuestOptions {
+        memory_mib: memory_mib.unwrap_or(MEMORY_MIB),
+        workload: WORKLOAD.parse().map_err(LabError::Product)?,
+        balloon: false,
+        rx_queue: rx_queue.or(Some(RX_QUEUE)),
+        ..GuestOptions::new("web", "host1")
+    };
+    options.check().map(|()| options)
+}
+
+pub(super) fn run(bench: &Bench, options: &GuestOptions) -> Result<()> {
     let lab = bench.lab(2)?;
     let fleet = Fleet::of(&lab)?;
     fleet.wait_hosts(2, Duration::from_secs(30))?;
-    let workload = WORKLOAD.parse().map_err(LabError::Product)?;
-    let options = GuestOptions {
-        memory_mib: MEMORY_MIB,
-        workload,
-        balloon: false,
-        rx_queue: Some(RX_QUEUE),
-        ..GuestOptions::new("web", "host1")
-    };
-    let guest = lab.guest(&options, true)?;
+    let guest = lab.guest(options, true)?;
+    let row = Row::new("the guest's memory", options.memory_mib.into(), "MiB");
+    bench.print(&row.beside("frames in its receive ring", options.rx_queue.unwrap_or_default().into()));
     bench.say("unprotected")?;
     let alone = measure(bench, &lab, &guest)?;
     fleet.enable("web", "host1", 1, INTERVAL)?;
@@ -219,6 +225,15 @@ fn read_exactly(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guests_that_nobody_could_start_are_refused() {
+        let default = guest(None, None).unwrap();
+        assert_eq!((default.memory_mib, default.rx_queue), (MEMORY_MIB, Some(RX_QUEUE)));
+        assert!(guest(Some(100), None).unwrap_err().to_string().contains("144 MiB or more"));
+        assert!(guest(Some(256), Some(300)).unwrap_err().to_string().contains("256, 512 or 1024"));
+        guest(Some(256), Some(256)).unwrap();
+    }
 
     #[test]
     fn a_window_is_read_from_what_ss_shows() {
