@@ -142,7 +142,11 @@ pub fn run(lab_name: &str, options: &BenchOptions, json: bool, interrupt: Arc<At
     let (which, rounds) = (options.which, options.rounds);
     let refuse = |what: &str, takes: &str| {
         let reason = format!("only {takes} {what}");
-        Err(LabError::Invalid { what: "benchmark", value: "other".into(), reason })
+        Err(LabError::Invalid {
+            what: "benchmark",
+            value: which.map_or("all".into(), |which| format!("{which:?}").to_lowercase()),
+            reason,
+        })
     };
     if which != Some(Benchmark::Workloads) && options.record.is_some() {
         return refuse("--record", "the benchmark \"workloads\" takes");

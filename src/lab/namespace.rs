@@ -198,7 +198,7 @@ pub fn wait_forwarding(lab: &str, interfaces: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Gives a node's cable IPv6, which it is made without, and returns the number of the interface there.
+/// Gives a node's cable IPv6, which it is made without; returns the number of the interface when its own address is there.
 pub fn enable_ipv6(lab: &str, node: &str) -> Result<u32> {
     enter(&netns_path(lab, node), || {
         // Nobody else has this address, and there are no routers: it is of use at once, and quiet.
@@ -206,8 +206,27 @@ pub fn enable_ipv6(lab: &str, node: &str) -> Result<u32> {
             let path = format!("/proc/sys/net/ipv6/conf/{UPLINK}/{setting}");
             std::fs::write(&path, value).map_err(LabError::io("write", path.as_ref()))?;
         }
+        let begin = Instant::now();
+        let path = Path::new("/proc/thread-self/net/if_inet6");
+        while !has_link_local(&std::fs::read_to_string(path).map_err(LabError::io("read", path))?) {
+            if begin.elapsed() > FORWARDING_TIMEOUT {
+                let what = format!("interface {UPLINK} of {node} gets no IPv6 address");
+                return Err(LabError::Timeout { what, waited_ms: begin.elapsed().as_millis(), detail: String::new() });
+            }
+            std::thread::sleep(FORWARDING_POLL);
+        }
         if_nametoindex(UPLINK).map_err(LabError::system(format!("find interface {UPLINK} of {node}")))
     })?
+}
+
+/// Whether the uplink has a link-local address that may be used, in the words of `/proc/net/if_inet6`.
+fn has_link_local(shown: &str) -> bool {
+    const TENTATIVE: u8 = 0x40;
+    shown.lines().any(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let flags = fields.get(4).and_then(|flags| u8::from_str_radix(flags, 16).ok());
+        line.starts_with("fe80") && fields.last() == Some(&UPLINK) && flags.is_some_and(|flags| flags & TENTATIVE == 0)
+    })
 }
 
 /// The address that a kernel gives an interface with this MAC by itself (RFC 4291, appendix A).
@@ -241,4 +260,19 @@ pub fn spawn_node(netns: &Path, command: &mut Command) -> Result<Child> {
         unshare(flags).map_err(LabError::system("make namespaces"))?;
         command.spawn().map_err(LabError::system("start the node's first process"))
     })?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_follow_from_macs_and_are_waited_for() {
+        assert_eq!(link_local([0x52, 0x54, 0, 0xeb, 0x64, 1]).to_string(), "fe80::5054:ff:feeb:6401");
+        let line = |flags, device| format!("fe8000000000000010a85dfffef1f864 03 40 20 {flags}   {device}\n");
+        assert!(has_link_local(&(line("80", "lo") + &line("80", UPLINK))));
+        for not_yet in [String::new(), line("c0", UPLINK), line("80", "lo")] {
+            assert!(!has_link_local(&not_yet), "{not_yet}");
+        }
+    }
 }
