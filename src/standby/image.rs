@@ -10,7 +10,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::unistd::{Whence, lseek64};
@@ -152,7 +151,7 @@ impl Image {
     /// Writes the pages of a frame, in its order.
     pub fn apply(&mut self, frame: &PagesFrame) -> Result<()> {
         frame.writes().try_for_each(|(addr, content, soon)| {
-            soon.into_iter().for_each(|(addr, part)| self.fetch(addr, part));
+            soon.into_iter().for_each(|(addr, lines)| self.fetch(addr, lines));
             match content {
                 PageContent::Zero | PageContent::Fill(0) => self.zero_page(addr),
                 PageContent::Data(page) => self.write_page(addr, page),
@@ -166,10 +165,10 @@ impl Image {
         })
     }
 
-    /// A part of a page will be written soon.
-    fn fetch(&self, addr: PageAddr, part: Range<usize>) {
+    /// These lines of a page will be written soon.
+    fn fetch(&self, addr: PageAddr, lines: u64) {
         if let Some(Block { backing: Backing::Shared(shared), .. }) = self.blocks.get(addr.block.as_usize()) {
-            shared.mapping.fetch(addr.page.byte_offset() + part.start as u64, part.len());
+            shared.mapping.fetch(addr.page.byte_offset(), lines);
         }
     }
 

@@ -8,6 +8,10 @@ use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+/// What CPUs fetch at once.
+#[cfg(target_arch = "x86_64")]
+const LINE_BYTES: usize = 64;
+
 #[derive(Debug)]
 pub(super) struct Mapping {
     start: NonNull<u8>,
@@ -54,18 +58,21 @@ impl Mapping {
         Ok(())
     }
 
-    /// What is at `offset` will be written soon: it is fetched into the CPU's caches.
-    pub(super) fn fetch(&self, offset: u64, len: usize) {
+    /// Lines of 64 bytes from `offset` on, a bit each, will be written soon: they are fetched into the CPU's caches.
+    pub(super) fn fetch(&self, offset: u64, lines: u64) {
         #[cfg(target_arch = "x86_64")]
-        if let Ok(at) = self.at(offset, len) {
+        if let Ok(at) = self.at(offset, LINE_BYTES * u64::BITS as usize) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            for line in (0..len).step_by(64) {
+            let mut lines = lines;
+            while lines != 0 {
+                let line = lines.trailing_zeros() as usize;
+                lines &= lines - 1;
                 // SAFETY: the address is within the mapping; a prefetch reads nothing and never faults.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.add(line).cast_const().cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.add(line * LINE_BYTES).cast_const().cast()) };
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = (offset, len);
+        let _ = (offset, lines);
     }
 
     fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {

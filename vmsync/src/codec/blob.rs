@@ -119,7 +119,7 @@ fn decode_changes(changes: &[u8], former: &[u8], len: usize) -> Result<Vec<u8>, 
         return Ok(decoded);
     }
     let (mut runs, mut data) = (runs, reader.rest());
-    let patch = take_runs(&mut runs, &mut data, len).ok_or(BlobError::Changes)?;
+    let patch = take_runs(&mut runs, &mut data, len, |_| ()).ok_or(BlobError::Changes)?;
     if !runs.is_empty() || !data.is_empty() {
         return Err(BlobError::Changes);
     }

@@ -12,6 +12,8 @@
 //!
 //! Which bytes differ is found by [`super::simd`].
 
+use std::ops::Range;
+
 use super::simd::{ByteMasks, LINE_BYTES, LINES, bring_up, changed_bytes, line_mask};
 use crate::units::{PAGE_SIZE, Page};
 
@@ -284,13 +286,23 @@ fn varint_bytes(len: usize) -> usize {
 }
 
 /// Takes the runs of one page off the front of `runs`, and their bytes off `data`: both as written, checked to stay
-/// within a page and what there is. `None`: they do not.
-pub(super) fn take_page_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8]) -> Option<Patch<'a>> {
-    take_runs(runs, data, PAGE_SIZE)
+/// within a page and what there is; and one bit for each line of the page that they touch. `None`: they do not.
+pub(super) fn take_page_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8]) -> Option<(Patch<'a>, u64)> {
+    let mut lines = 0;
+    let patch = take_runs(runs, data, PAGE_SIZE, |run| {
+        let (first, last) = (run.start / LINE_BYTES, (run.end - 1) / LINE_BYTES);
+        lines |= u64::MAX << first & u64::MAX >> (LINES - 1 - last);
+    })?;
+    Some((patch, lines))
 }
 
-/// The same for a byte string of `len` bytes.
-pub(super) fn take_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8], len: usize) -> Option<Patch<'a>> {
+/// The same for a byte string of `len` bytes; `see` gets to know where each run goes.
+pub(super) fn take_runs<'a>(
+    runs: &mut &'a [u8],
+    data: &mut &'a [u8],
+    len: usize,
+    mut see: impl FnMut(Range<usize>),
+) -> Option<Patch<'a>> {
     let (runs_start, data_start) = (*runs, *data);
     let varint_bytes = varint_bytes(len);
     let (mut at, mut bytes) = (0, 0);
@@ -300,11 +312,13 @@ pub(super) fn take_runs<'a>(runs: &mut &'a [u8], data: &mut &'a [u8], len: usize
         if bytes > 0 && skip == 0 {
             return None;
         }
-        at += skip + run_len;
+        let start = at + skip;
+        at = start + run_len;
         bytes += run_len;
         if at > len {
             return None;
         }
+        see(start..at);
         if !more {
             break;
         }
@@ -344,11 +358,6 @@ impl<'a> Patch<'a> {
             at = offset + len;
             Some((offset, bytes))
         })
-    }
-
-    /// Where the first change is.
-    pub(super) fn start(&self) -> usize {
-        self.runs().next().map_or(0, |(offset, _)| offset)
     }
 
     /// Writes the changes into the previous contents.
@@ -420,6 +429,12 @@ mod tests {
         prop::collection::vec((0..PAGE_SIZE, bytes), 0..30)
     }
 
+    /// Lines that a patch touches, byte by byte.
+    fn touched(patch: &Patch<'_>) -> u64 {
+        let bytes = patch.runs().flat_map(|(at, bytes)| at..at + bytes.len());
+        bytes.fold(0, |lines, at| lines | 1 << (at / LINE_BYTES))
+    }
+
     proptest! {
         #[test]
         fn runs_are_those_of_the_naive_code(first in writes(), then in writes(), limit in 0usize..4500) {
@@ -447,7 +462,8 @@ mod tests {
                 Difference::Sparse => {
                     let (mut runs, mut data) = (room.runs(), room.data());
                     prop_assert_eq!((runs, data), (&naive_runs[..], &naive_data[..]));
-                    let patch = take_page_runs(&mut runs, &mut data).unwrap();
+                    let (patch, lines) = take_page_runs(&mut runs, &mut data).unwrap();
+                    prop_assert_eq!(lines, touched(&patch));
                     prop_assert!(runs.is_empty() && data.is_empty());
                     let mut patched = base;
                     patch.apply(&mut patched);
@@ -464,7 +480,8 @@ mod tests {
         ) {
             let data = vec![1; len];
             let (mut runs, mut rest) = (&noise[..], &data[..]);
-            if let Some(patch) = take_page_runs(&mut runs, &mut rest) {
+            if let Some((patch, lines)) = take_page_runs(&mut runs, &mut rest) {
+                prop_assert_eq!(lines, touched(&patch));
                 let found: Vec<_> = patch.runs().collect();
                 prop_assert_eq!(found.iter().map(|(_, b)| b.len()).sum::<usize>(), patch.data.len());
                 prop_assert!(found.last().is_some_and(|(at, bytes)| at + bytes.len() <= PAGE_SIZE));

@@ -27,8 +27,6 @@
 //! before the first compressed byte. Small things of a kind lie together, which zstd likes; tags, which it cannot
 //! shrink, stay outside. Later contents of a page override earlier ones.
 
-use std::ops::Range;
-
 use zstd::bulk::Decompressor;
 
 use super::diff::{Patch, take_page_runs, take_varint};
@@ -108,7 +106,7 @@ enum Stored {
     Zero,
     Fill(u64),
     Data { at: u32 },
-    Patch { runs_at: u32, data_at: u32, runs_len: u16, data_len: u16, before: Tag, after: Tag },
+    Patch { runs_at: u32, data_at: u32, lines: u64, runs_len: u16, data_len: u16, before: Tag, after: Tag },
 }
 
 /// Why bytes are not a frame. Always a fault of the sender or of the medium.
@@ -163,12 +161,12 @@ impl PagesFrame {
         self.entries.iter().map(|entry| (entry.addr, self.content(entry.content)))
     }
 
-    /// Pages in the order they are to be written, each with the part of a later one that is to be fetched meanwhile:
-    /// what a guest wrote is in nobody's cache here.
-    pub fn writes(&self) -> impl Iterator<Item = (PageAddr, PageContent<'_>, Option<(PageAddr, Range<usize>)>)> {
-        let mut soon = self.iter().skip(WRITE_AHEAD).map(|(addr, content)| match content {
-            PageContent::Patch(patch) => (addr, patch.start()..patch.start() + 1),
-            _ => (addr, 0..PAGE_SIZE),
+    /// Pages in the order they are to be written, each with a later one that is to be fetched meanwhile, and which of
+    /// its lines, a bit each: what a guest wrote is in nobody's cache here.
+    pub fn writes(&self) -> impl Iterator<Item = (PageAddr, PageContent<'_>, Option<(PageAddr, u64)>)> {
+        let mut soon = self.entries.iter().skip(WRITE_AHEAD).map(|entry| match entry.content {
+            Stored::Patch { lines, .. } => (entry.addr, lines),
+            _ => (entry.addr, u64::MAX),
         });
         self.iter().map(move |(addr, content)| (addr, content, soon.next()))
     }
@@ -466,8 +464,8 @@ impl Changes<'_> {
                 // All of it is at most MAX_STREAM_BYTES long.
                 let runs_at = (self.ends.0 - self.runs.len()) as u32;
                 let data_at = (self.ends.1 - self.data.len()) as u32;
-                let patch =
-                    take_page_runs(&mut self.runs, &mut self.data).ok_or(FrameError::Changes("runs of bytes"))?;
+                let taken = take_page_runs(&mut self.runs, &mut self.data);
+                let (patch, lines) = taken.ok_or(FrameError::Changes("runs of bytes"))?;
                 let (runs_len, data_len) = patch.lengths();
                 let ([before_low, before_high, after_low, after_high], rest) =
                     self.tags.split_first().ok_or(FrameError::Changes("patches"))?;
@@ -475,6 +473,7 @@ impl Changes<'_> {
                 Ok(Stored::Patch {
                     runs_at,
                     data_at,
+                    lines,
                     // Runs are at least one byte apart: at most 2,048 of 4 bytes each, and 4,096 bytes of data.
                     runs_len: runs_len as u16,
                     data_len: data_len as u16,

@@ -33,6 +33,6 @@ pub use effort::{Effort, Pace};
 pub use encoder::{CodecStats, Encoder, FETCH_AHEAD, PageFate, is_zero};
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, OutOfStep, PageContent, PagesFrame};
 pub use mirror::{Advise, MirrorBudget};
-pub use simd::fetch_bytes;
+pub use simd::fetch_lines;
 pub use sum::KnownPages;
 pub use undo::UndoEncoder;

@@ -110,8 +110,17 @@ pub(super) fn fetch_value<T>(value: &T) {
 }
 
 /// The same for bytes that need not begin with a line; of a page best all of them.
-pub fn fetch_bytes(bytes: &[u8]) {
+pub(super) fn fetch_bytes(bytes: &[u8]) {
     bytes.chunks(LINE_BYTES).for_each(|line| fetch_value(&line[0]));
+}
+
+/// The same for these lines of a page, a bit each.
+pub fn fetch_lines(page: &Page, mut lines: u64) {
+    while lines != 0 {
+        let line = lines.trailing_zeros() as usize % LINES;
+        lines &= lines - 1;
+        fetch_value(&page[line * LINE_BYTES]);
+    }
 }
 
 /// The reference.
@@ -340,7 +349,7 @@ mod x86 {
             let tag = bytes_of(_pdep_u64(u64::from(tags), NIBBLES));
             let of_entry = is_entry(tag);
             let taken = indexes[index..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-            let former = entries(table, low_8(_mm_maskz_expand_epi8(of_entry, bytes_of(taken))));
+            let taken = _mm_maskz_expand_epi8(of_entry, bytes_of(taken));
             index += of_entry.count_ones() as usize;
 
             let literal_bytes = low_8(_mm_shuffle_epi8(literal_bytes, tag));
@@ -348,10 +357,13 @@ mod x86 {
                 literals[literal..].first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
             let bytes = _mm512_maskz_expand_epi8(literal_bytes, bytes);
             literal += literal_bytes.count_ones() as usize;
+            // Known before the table is read: lines wait for what they need from former ones, not for where it is.
+            let slots = low_8(_mm_mask_blend_epi8(of_entry, bytes_of(slots(bytes)), taken));
+            let former = entries(table, low_8(taken));
             let words = _mm512_mask_add_epi64(bytes, of_entry as u8, bytes, former);
             let words = _mm512_mask_mov_epi8(words, low_8(_mm_shuffle_epi8(entry_bytes, tag)), former);
             store_line(line, words);
-            remember(table, slots(words), line);
+            remember(table, slots, line);
         }
         (index, literal)
     }

@@ -15,7 +15,8 @@
 //! ```
 //! The table has 256 entries, all zero at a frame's start. A line is 8 words: all of them are read from the table as it was
 //! before the line; then each in turn becomes the entry that it hashes to, which depends on its upper 6 bytes. So the
-//! words of a line do not wait for each other, and vectors code them at once ([`super::simd`]).
+//! words of a line do not wait for each other, and vectors code them at once ([`super::simd`]). A word that was read from
+//! an entry hashes to that same entry: where all words of a line go is known before any entry is read.
 
 use super::simd::{self, LINE_BYTES, LINES};
 use crate::units::{PAGE_SIZE, Page};
@@ -249,7 +250,7 @@ pub(super) fn read_portable(page: &mut Page, table: &mut Table, from: PageStream
             *line = [0; LINE_BYTES];
             continue;
         }
-        let mut words = [0; LINE_WORDS];
+        let mut words = [(0, 0); LINE_WORDS];
         for word in &mut words {
             let tag = tags as usize & 15;
             tags >>= 4;
@@ -259,15 +260,16 @@ pub(super) fn read_portable(page: &mut Page, table: &mut Table, from: PageStream
             let value = bytes & low_bytes(low) | (bytes >> (8 * low) & low_bytes(high)) << 32;
             literal += usize::from(low + high);
             *word = if tag >= usize::from(ENTRY) {
-                let entry = table[usize::from(indexes[index])];
+                let slot = indexes[index];
+                let entry = table[usize::from(slot)];
                 index += 1;
-                entry & !low_bytes(low) | entry.wrapping_add(value) & low_bytes(low)
+                (entry & !low_bytes(low) | entry.wrapping_add(value) & low_bytes(low), slot)
             } else {
-                value
+                (value, slot(value))
             };
         }
-        for (to, word) in line.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-            table[usize::from(slot(word))] = word;
+        for (to, (word, slot)) in line.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            table[usize::from(slot)] = word;
             *to = word.to_le_bytes();
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use vmsync::codec::{Encoder, FETCH_AHEAD, FrameDecoder, KnownPages, MirrorBudget, PageContent, fetch_bytes};
+use vmsync::codec::{Encoder, FETCH_AHEAD, FrameDecoder, KnownPages, MirrorBudget, PageContent, fetch_lines};
 use vmsync::hashes::HashSeed;
 use vmsync::{PAGE_SIZE, Page, PageAddr, RamLayout};
 
@@ -68,7 +68,7 @@ impl Shadow {
             self.known.accept(&frame).expect("in step");
             let index = |addr| self.layout.linear(addr).expect("checked") as usize;
             for (addr, content, soon) in frame.writes() {
-                soon.into_iter().for_each(|(addr, part)| fetch_bytes(&memory[index(addr)][part]));
+                soon.into_iter().for_each(|(addr, lines)| fetch_lines(&memory[index(addr)], lines));
                 let page = &mut memory[index(addr)];
                 match content {
                     PageContent::Data(data) => *page = *data,
