@@ -43,7 +43,7 @@ fn frame() -> Vec<u8> {
     encoder.finish().remove(0)
 }
 
-/// Whole pages, one as words and one as it is.
+/// Whole pages: one as words, one as records, and one as it is.
 fn whole_frames() -> Vec<Vec<u8>> {
     let mut encoder = Encoder::new(&layout(), MirrorBudget::Full, HashSeed::new(1), 1);
     let words: [u64; 512] = std::array::from_fn(|i| match i {
@@ -57,7 +57,11 @@ fn whole_frames() -> Vec<Vec<u8>> {
     });
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     encoder.whole(PageAddr::new(0, 1), bytes.as_slice().try_into().unwrap());
-    encoder.whole(PageAddr::new(1, 1), &std::array::from_fn(|i| b"virt-shadow"[i % 11]));
+    encoder.whole(PageAddr::new(1, 1), &std::array::from_fn(|i| b"virt-shadow"[i * i / 64 % 11]));
+    encoder.whole(
+        PageAddr::new(0, 2),
+        &std::array::from_fn(|i| if i % 72 == 3 { (i / 72) as u8 } else { b'a' + (i % 72) as u8 }),
+    );
     let mut frames = encoder.finish();
     frames.sort_by_key(|frame| frame[1]);
     frames
@@ -123,14 +127,36 @@ fn unhex(line: &str) -> Vec<u8> {
     (0..line.len()).step_by(2).map(|i| u8::from_str_radix(&line[i..i + 2], 16).unwrap()).collect()
 }
 
-/// What zstd makes of it is zstd's to choose; what is in it when it is unpacked is ours.
+/// What zstd makes of it is zstd's to choose; what is in it when it is unpacked is ours. Head, and streams of these lengths.
+fn unpacked(frame: &[u8], head_len: usize, streams: &[(usize, usize)]) -> Vec<Vec<u8>> {
+    let (head, mut rest) = frame.split_at(head_len);
+    let mut out = vec![head[..4 + 6].to_vec(), head[4 + 6..4 + 6 + 8].to_vec()];
+    for (packed_len, len) in streams {
+        let packed;
+        (packed, rest) = rest.split_at(*packed_len);
+        out.push(if packed_len < len { zstd::bulk::decompress(packed, *len).unwrap() } else { packed.to_vec() });
+        assert_eq!(out.last().unwrap().len(), *len);
+    }
+    assert!(rest.is_empty());
+    out
+}
+
 #[test]
-fn words_of_version_3() {
+fn whole_pages_of_version_3() {
     let frames = whole_frames();
-    assert_eq!(frames.iter().map(|frame| (frame[0], frame[1])).collect::<Vec<_>>(), [(2, 1), (2, 3)]);
-    let (head, packed) = frames[1].split_at(18);
-    let streams = zstd::bulk::decompress(packed, 5000).unwrap();
-    assert_eq!(hex([head, &streams]), include_str!("../../fixtures/vmsync/words-3.hex"));
+    assert_eq!(frames.iter().map(|frame| (frame[0], frame[1])).collect::<Vec<_>>(), [(2, 1), (2, 2), (2, 3)]);
+    let u32_at = |frame: &[u8], at: usize| u32::from_le_bytes(frame[at..at + 4].try_into().unwrap()) as usize;
+
+    let words = &frames[1];
+    let [indexes, literals, tags_here, indexes_here] = [10, 14, 18, 22].map(|at| u32_at(words, at));
+    let literals_here = words.len() - 26 - tags_here - indexes_here;
+    let streams = unpacked(words, 26, &[(tags_here, 256), (indexes_here, indexes), (literals_here, literals)]);
+    assert_eq!(hex(streams.iter().map(|stream| &stream[..])), include_str!("../../fixtures/vmsync/words-3.hex"));
+
+    let records = &frames[2];
+    let [masks, literals] = [10, 14].map(|at| u32_at(records, at));
+    let streams = unpacked(records, 18, &[(records.len() - 18, 1 + 8 + masks + literals)]);
+    assert_eq!(hex(streams.iter().map(|stream| &stream[..])), include_str!("../../fixtures/vmsync/records-3.hex"));
 }
 
 fn check_wire<B: Body + PartialEq + std::fmt::Debug>(bodies: &[B], fixture: &str) {

@@ -59,6 +59,8 @@ impl Streams {
         }
         frame.extend((self.indexes.len() as u32).to_le_bytes());
         frame.extend((self.literals.len() as u32).to_le_bytes());
+        frame.extend((self.tags.len() as u32).to_le_bytes());
+        frame.extend((self.indexes.len() as u32).to_le_bytes());
         [&frame[..], &self.tags, &self.indexes, &self.literals].concat()
     }
 

@@ -4,7 +4,8 @@
 //! dirty page --- as before, says the mirror or a hash --------------------> nothing
 //!            \-- zero, or one word throughout ----------------------------> 1 or 9 bytes
 //!            \-- few bytes differ from the mirror's ----------------------> a patch
-//!            \-- otherwise: compressible? zstd over 64 pages : as it is --> whole
+//!            \-- otherwise --------------------------------------------> whole
+//!                 numbers and pointers: as words; records: as such; then zstd over 64 pages, but for noise
 //! ```
 //! [`Encoder::page`] codes against the *previous contents*: what a shadow that is in step has once everything sent
 //! before has arrived. Whoever calls it must know which shadows those are: see
@@ -177,15 +178,25 @@ impl Encoder {
 
     fn filled(&mut self, addr: PageAddr, held: Option<HeldAt>, page: &Page, word: u64) -> PageFate {
         let sum = fill_sum(word);
-        if let Some(held) = held {
-            let held = self.mirror.held(held);
-            if *held.sum == sum && held.page == page {
+        if let Some(at) = held {
+            let held = self.mirror.held(at);
+            let is_same = if at.filled { held.page[..8] == page[..8] } else { held.page == page };
+            if !is_same {
+                *held.page = *page;
+                *held.sum = sum;
+            }
+            if !at.filled {
+                self.mirror.set_filled(addr, true);
+            }
+            if is_same {
                 return PageFate::Same;
             }
-            *held.page = *page;
-            *held.sum = sum;
-        } else if self.remember(addr, page, || sum) {
-            return PageFate::SameByHash;
+        } else {
+            let is_same = self.remember(addr, page, || sum);
+            self.mirror.set_filled(addr, true);
+            if is_same {
+                return PageFate::SameByHash;
+            }
         }
         match word {
             0 => self.writer.zero(addr),
@@ -197,8 +208,11 @@ impl Encoder {
 
     fn page_with_contents(&mut self, addr: PageAddr, held: Option<HeldAt>, page: &Page) -> PageFate {
         let mut newly_held = true;
-        if let Some(held) = held {
-            let held = self.mirror.held(held);
+        if let Some(at) = held {
+            if at.filled {
+                self.mirror.set_filled(addr, false);
+            }
+            let held = self.mirror.held(at);
             let before = tag(*held.sum);
             match self.room.advance(held.page, page, held.sum, PATCH_LIMIT_BYTES) {
                 Difference::None => return PageFate::Same,

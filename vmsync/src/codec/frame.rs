@@ -14,8 +14,11 @@
 //!     20    4d  of each patch: u16 tag of the page before it, u16 tag of the page after it
 //!  20+4d        addresses, runs, data: one after the other, encoded as one; at most 256 KiB before
 //!
-//! Whole pages have two more encodings, as words: 2 raw, 3 one zstd block. After their pages stand
-//!   u32 length of the indexes, u32 length of the literals; what is encoded is tags, indexes, literals: see `words`.
+//! Whole pages have two more encodings. After their pages stand
+//!   2  words    u32 lengths of the indexes and of the literals, u32 lengths of tags and indexes as they stand here;
+//!               tags, indexes, literals: see `words`
+//!   3  records  u32 lengths of the masks and of the literals; strides, lines, masks, literals, as one: see `records`
+//! What is shorter here than it is is one zstd block, what is not is raw.
 //!
 //! address: varint value * 4 + kind
 //!   kind 0  page is zero          value: pages between it and the last address's (0: its neighbour)
@@ -28,10 +31,11 @@
 //! shrink, stay outside. Later contents of a page override earlier ones.
 
 use zstd::bulk::Decompressor;
+use zstd::zstd_safe::WriteBuf;
 
 use super::diff::{Patch, take_page_runs, take_varint};
 use super::sum::{KnownPages, Tag, fill_sum, page_sum, tag};
-use super::words;
+use super::{records, words};
 use crate::bytes::{Reader, Truncated};
 use crate::layout::RamLayout;
 use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr, PageIndex};
@@ -49,8 +53,11 @@ pub(super) const CHANGES: u8 = 1;
 pub(super) const WHOLE: u8 = 2;
 pub(super) const RAW: u8 = 0;
 pub(super) const ZSTD: u8 = 1;
-/// Of whole pages: they are coded as words, besides.
+/// Of whole pages only, as are the next ones.
 pub(super) const WORDS: u8 = 2;
+pub(super) const RECORDS: u8 = 3;
+pub(super) const WORDS_HEAD_BYTES: usize = 16;
+pub(super) const RECORDS_HEAD_BYTES: usize = 8;
 pub(super) const CHANGES_HEAD_BYTES: usize = 20;
 pub(super) const TAGS_BYTES: usize = 4;
 pub(super) const KIND_ZERO: usize = 0;
@@ -128,6 +135,8 @@ pub enum FrameError {
     Changes(&'static str),
     #[error("page frame's machine words do not add up")]
     Words,
+    #[error("page frame's records do not add up")]
+    Records,
     #[error("page frame's data is not a zstd block: {0}")]
     Zstd(String),
 }
@@ -223,7 +232,7 @@ impl KnownPages {
 #[derive(Default)]
 pub struct FrameDecoder {
     decompressor: Option<Decompressor<'static>>,
-    /// Streams of words.
+    /// Of words or records: as long as the longest yet.
     streams: Vec<u8>,
     spare: Vec<PagesFrame>,
 }
@@ -290,23 +299,59 @@ impl FrameDecoder {
         layout: &RamLayout,
         frame: &mut PagesFrame,
     ) -> Result<(), FrameError> {
-        whole_entries(reader, pages, 0, layout, &mut frame.entries)?;
-        if encoding & WORDS == 0 {
-            return self.unpack(reader.rest(), encoding, pages * PAGE_SIZE, &mut frame.bytes);
+        let data_at = if encoding == RECORDS { records::STRIDE_MAX } else { 0 };
+        whole_entries(reader, pages, data_at, layout, &mut frame.entries)?;
+        match encoding {
+            WORDS => self.words(reader, pages, &mut frame.bytes),
+            RECORDS => self.records(reader, pages, &mut frame.bytes),
+            _ => self.unpack(reader.rest(), encoding, pages * PAGE_SIZE, &mut frame.bytes),
         }
-        let (indexes, literals) = (reader.u32()? as usize, reader.u32()? as usize);
+    }
+
+    fn words(&mut self, reader: &mut Reader<'_>, pages: usize, bytes: &mut Vec<u8>) -> Result<(), FrameError> {
+        let [indexes, literals, packed_tags, packed_indexes] =
+            [reader.u32()?, reader.u32()?, reader.u32()?, reader.u32()?].map(|len| len as usize);
         if indexes > pages * words::INDEXES_PAGE_MAX || literals > pages * words::LITERALS_PAGE_MAX {
             return Err(FrameError::Words);
         }
-        let mut streams = std::mem::take(&mut self.streams);
-        let expected = pages * words::TAGS_PAGE_BYTES + indexes + literals;
-        let unpacked = self.unpack(reader.rest(), encoding & !WORDS, expected, &mut streams);
-        streams.extend_from_slice(&words::PADDING);
+        let packed = [reader.take(packed_tags)?, reader.take(packed_indexes)?, reader.rest()];
+        let lengths = [pages * words::TAGS_PAGE_BYTES, indexes, literals];
+        let streams = self.streams(&packed, &lengths, &words::PADDING)?;
         // What is there is written over.
-        frame.bytes.resize(pages * PAGE_SIZE, 0);
-        let read = words::read(frame.bytes.as_chunks_mut().0, &streams, indexes);
+        bytes.resize(pages * PAGE_SIZE, 0);
+        words::read(bytes.as_chunks_mut().0, streams, indexes).ok_or(FrameError::Words)
+    }
+
+    fn records(&mut self, reader: &mut Reader<'_>, pages: usize, bytes: &mut Vec<u8>) -> Result<(), FrameError> {
+        let [masks, literals] = [reader.u32()?, reader.u32()?].map(|len| len as usize);
+        if masks > pages * records::MASKS_PAGE_MAX || literals > pages * PAGE_SIZE {
+            return Err(FrameError::Records);
+        }
+        let total = pages * records::HEAD_PAGE_BYTES + masks + literals;
+        let streams = self.streams(&[reader.rest()], &[total], &records::PADDING)?;
+        bytes.resize(records::STRIDE_MAX + pages * PAGE_SIZE, 0);
+        records::read(bytes, streams, masks).ok_or(FrameError::Records)
+    }
+
+    /// Streams of these lengths, one after the other, and the padding. Those that are shorter as they came are zstd's.
+    fn streams(&mut self, packed: &[&[u8]], lengths: &[usize], padding: &[u8]) -> Result<&[u8], FrameError> {
+        let total = lengths.iter().sum::<usize>() + padding.len();
+        let mut streams = std::mem::take(&mut self.streams);
+        // What is there is written over.
+        streams.resize(streams.len().max(total), 0);
+        let (mut at, mut unpacked) = (0, Ok(()));
+        for (packed, len) in packed.iter().zip(lengths) {
+            let room = &mut streams[at..at + len];
+            unpacked = unpacked.and_then(|()| match packed.len() {
+                found if found == *len => Ok(room.copy_from_slice(packed)),
+                found if found > *len => Err(FrameError::DataLength { expected: *len, found }),
+                _ => self.decompress(packed, *len, room),
+            });
+            at += len;
+        }
+        streams[at..total].copy_from_slice(padding);
         self.streams = streams;
-        unpacked.and(read.ok_or(FrameError::Words))
+        unpacked.map(|()| &self.streams[..total])
     }
 
     fn changes(
@@ -345,25 +390,32 @@ impl FrameDecoder {
         match encoding {
             RAW if bytes.len() != expected => return Err(FrameError::DataLength { expected, found: bytes.len() }),
             RAW => data.extend_from_slice(bytes),
-            ZSTD => self.decompress(bytes, expected, data)?,
+            ZSTD => {
+                data.reserve(expected);
+                return self.decompress(bytes, expected, data);
+            }
             other => return Err(FrameError::UnknownValue(other)),
-        }
-        if data.len() != expected {
-            return Err(FrameError::DataLength { expected, found: data.len() });
         }
         Ok(())
     }
 
-    fn decompress(&mut self, bytes: &[u8], expected: usize, data: &mut Vec<u8>) -> Result<(), FrameError> {
+    /// Fails also where it does not come out as long as expected.
+    fn decompress<B: WriteBuf + ?Sized>(
+        &mut self,
+        bytes: &[u8],
+        expected: usize,
+        data: &mut B,
+    ) -> Result<(), FrameError> {
         let zstd_error = |error: std::io::Error| FrameError::Zstd(error.to_string());
         if self.decompressor.is_none() {
             self.decompressor = Some(Decompressor::new().map_err(zstd_error)?);
         }
         let decompressor = self.decompressor.as_mut().ok_or(FrameError::Truncated)?;
-        data.reserve(expected);
         // Fails when it would come out longer than the capacity; that may be more than was asked for.
-        decompressor.decompress_to_buffer(bytes, data).map_err(zstd_error)?;
-        Ok(())
+        match decompressor.decompress_to_buffer(bytes, data).map_err(zstd_error)? {
+            found if found == expected => Ok(()),
+            found => Err(FrameError::DataLength { expected, found }),
+        }
     }
 }
 

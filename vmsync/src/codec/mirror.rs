@@ -14,7 +14,7 @@ pub const HALF_LIFE_CUTS: u32 = 16;
 
 /// Heat of one cut.
 const ONE: u16 = 256;
-const HEAT_MAX: u16 = 0x7fff;
+const HEAT_MAX: u16 = 0x3fff;
 /// A shunned page is tried again at one cut in so many.
 const TRY_AGAIN_CUTS: usize = 16;
 /// 2^16 * 2^(-i / 16)
@@ -71,7 +71,7 @@ pub(super) struct Mirror {
 }
 
 /// What is known about a page, packed so that an untouched table needs no memory: slot + 1 (32 bits; 0: none), heat
-/// (15 bits), whether it is shunned (1 bit), clock when it was last dirty (16 bits; it may run around, and a page then
+/// (14 bits), whether what is held is one word throughout (1 bit), whether it is shunned (1 bit), clock when it was last dirty (16 bits; it may run around, and a page then
 /// looks a little too hot).
 #[derive(Debug, Clone, Copy)]
 struct Account(u64);
@@ -87,7 +87,11 @@ struct Slot {
 
 /// Where a page is held, until another one is admitted or it is forgotten.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HeldAt(usize);
+pub(super) struct HeldAt {
+    slot: usize,
+    /// It holds one word throughout.
+    pub(super) filled: bool,
+}
 
 /// A page's place in the mirror.
 pub(super) struct Held<'a> {
@@ -97,6 +101,7 @@ pub(super) struct Held<'a> {
 
 impl Account {
     const SHUNNED: u64 = 1 << 47;
+    const FILLED: u64 = 1 << 46;
 
     fn slot(self) -> Option<usize> {
         (self.0 as u32).checked_sub(1).map(|slot| slot as usize)
@@ -116,7 +121,7 @@ impl Account {
 
     fn touched(self, clock: u16) -> Self {
         let heat = self.heat_at(clock).saturating_add(ONE).min(HEAT_MAX);
-        Self(self.0 & (0xffff_ffff | Self::SHUNNED) | u64::from(heat) << 32 | u64::from(clock) << 48)
+        Self(self.0 & (0xffff_ffff | Self::SHUNNED | Self::FILLED) | u64::from(heat) << 32 | u64::from(clock) << 48)
     }
 }
 
@@ -158,15 +163,19 @@ impl Mirror {
         self.pages[index] = account.0;
         let slot = account.slot()?;
         self.slots[slot].stale = false;
-        Some(HeldAt(slot))
+        Some(HeldAt { slot, filled: account.0 & Account::FILLED != 0 })
     }
 
     /// The page will be touched soon: what is needed for it is fetched into the CPU's caches.
     pub(super) fn fetch(&self, addr: PageAddr) {
-        let slot = self.index(addr).and_then(|index| Account(self.pages[index]).slot());
-        if let Some(slot) = slot {
-            simd::fetch_value(&self.slots[slot]);
-            simd::fetch_bytes(page_of(&self.slabs, slot));
+        let Some(account) = self.index(addr).map(|index| Account(self.pages[index])) else { return };
+        let Some(slot) = account.slot() else { return };
+        simd::fetch_value(&self.slots[slot]);
+        let page = page_of(&self.slabs, slot);
+        match account.0 & Account::FILLED {
+            0 => simd::fetch_bytes(page),
+            // It is most likely so again, and then the first word tells all.
+            _ => simd::fetch_value(&page[0]),
         }
     }
 
@@ -175,7 +184,14 @@ impl Mirror {
         Some(page_of(&self.slabs, slot))
     }
 
-    pub(super) fn held(&mut self, HeldAt(slot): HeldAt) -> Held<'_> {
+    /// What is held of the page is one word throughout from now on, or no longer.
+    pub(super) fn set_filled(&mut self, addr: PageAddr, filled: bool) {
+        if let Some(index) = self.index(addr).filter(|index| Account(self.pages[*index]).slot().is_some()) {
+            self.pages[index] = self.pages[index] & !Account::FILLED | if filled { Account::FILLED } else { 0 };
+        }
+    }
+
+    pub(super) fn held(&mut self, HeldAt { slot, .. }: HeldAt) -> Held<'_> {
         let page = self.slabs[slot / SLAB_PAGES].page_mut(slot % SLAB_PAGES);
         Held { page, sum: &mut self.slots[slot].sum }
     }
@@ -194,7 +210,7 @@ impl Mirror {
         // A page's number fits in 32 bits, or it would not be in a layout.
         self.slots[slot] = Slot { page: index as u32, stale: false, sum: sum() };
         *self.slabs[slot / SLAB_PAGES].page_mut(slot % SLAB_PAGES) = *page;
-        self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !Account::SHUNNED;
+        self.pages[index] = Account(self.pages[index]).with_slot(Some(slot)).0 & !(Account::SHUNNED | Account::FILLED);
         true
     }
 
@@ -448,7 +464,7 @@ mod tests {
                 for page in 0..20 {
                     let slot = Account(mirror.pages[page as usize]).slot();
                     prop_assert_eq!(slot.is_some(), mirror.get(PageAddr::new(0, page)).is_some());
-                    let held = slot.map(|slot| mirror.held(HeldAt(slot))).map(|h| (*h.page, *h.sum));
+                    let held = slot.map(|slot| mirror.held(HeldAt { slot, filled: false })).map(|h| (*h.page, *h.sum));
                     prop_assert_eq!(held, model.get(&page).map(|f| ([*f; PAGE_SIZE], u64::from(*f))));
                 }
             }

@@ -23,6 +23,7 @@ pub mod undo;
 pub mod blob;
 mod diff;
 mod noise;
+mod records;
 #[allow(unsafe_code)]
 mod simd;
 mod words;
@@ -36,3 +37,9 @@ pub use mirror::{Advise, MirrorBudget};
 pub use simd::fetch_lines;
 pub use sum::KnownPages;
 pub use undo::UndoEncoder;
+
+/// Room for the longest page of a stream; what is written beyond its end is written over by the next.
+fn room<const N: usize>(bytes: &mut Vec<u8>, at: usize) -> &mut [u8; N] {
+    bytes.resize(bytes.len().max(at + N), 0);
+    bytes[at..].first_chunk_mut().expect("it was just made that long")
+}

@@ -5,6 +5,7 @@
 //! Each loop is written once, portably: that is what runs on any other CPU, and what the others are tested against. The
 //! bytes that come out are the same everywhere.
 
+use super::records::{self, WINDOW_BYTES};
 use super::sum::{WORDS, weight_lines};
 use super::words::{self, PageRoom, PageStreams, Table};
 use crate::units::Page;
@@ -74,6 +75,42 @@ pub(super) fn read_words(page: &mut Page, table: &mut Table, from: PageStreams<'
         return unsafe { x86::read_words_avx512(page, table, from) };
     }
     words::read_portable(page, table, from)
+}
+
+/// How many bytes of the lines by which a page is judged are equal to those a stride before them: see [`records`].
+pub(super) fn equal_bytes(page: &Page, stride: usize) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if x86::has_avx512() {
+        // SAFETY: this CPU has what the function is compiled for.
+        return unsafe { x86::equal_bytes_avx512(page, stride) };
+    }
+    records::equal_portable(page, stride)
+}
+
+/// Writes a page's records: see [`records`].
+pub(super) fn write_records(window: &[u8; WINDOW_BYTES], stride: usize, out: records::PageRoom<'_>) -> records::Taken {
+    #[cfg(target_arch = "x86_64")]
+    if x86::has_avx512_vbmi2() {
+        // SAFETY: this CPU has what the function is compiled for.
+        return unsafe { x86::write_records_avx512(window, stride, out) };
+    }
+    records::write_portable(window, stride, out)
+}
+
+/// Reads a page's records. There is a mask for each of the lines, and a line more than the literals that they tell of.
+pub(super) fn read_records(
+    window: &mut [u8; WINDOW_BYTES],
+    stride: usize,
+    lines: u64,
+    masks: &[[u8; 8]],
+    literals: &[u8],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::has_avx512_vbmi2() {
+        // SAFETY: this CPU has what the function is compiled for.
+        return unsafe { x86::read_records_avx512(window, stride, lines, masks, literals) };
+    }
+    records::read_portable(window, stride, lines, masks, literals);
 }
 
 /// One bit for each byte of a line that differs.
@@ -188,8 +225,10 @@ mod x86 {
     use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::*;
 
+    use super::super::records::{JUDGED_LINES, PageRoom as PageRecords, STRIDE_MAX, Taken};
     use super::super::words::{AS_VALUE, ENTRY, ENTRY_BYTES, HASH, LINE_WORDS, LITERAL_BYTES, NEAR_ENTRY};
     use super::*;
+    use crate::units::PAGE_SIZE;
 
     /// Cheap: the standard library looks once and remembers.
     pub(super) fn has_avx512() -> bool {
@@ -366,6 +405,59 @@ mod x86 {
             remember(table, slots, line);
         }
         (index, literal)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,bmi1")]
+    pub(super) fn equal_bytes_avx512(page: &Page, stride: usize) -> u32 {
+        let line = |at: usize| page[at..].first_chunk().expect("within the page");
+        let mut equal = 0;
+        for at in JUDGED_LINES.map(|line| line * LINE_BYTES) {
+            equal += _mm512_cmpeq_epi8_mask(load_line(line(at)), load_line(line(at - stride))).count_ones();
+        }
+        equal
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
+    pub(super) fn write_records_avx512(window: &[u8; WINDOW_BYTES], stride: usize, out: PageRecords<'_>) -> Taken {
+        let old = window[STRIDE_MAX - stride..].first_chunk::<PAGE_SIZE>().expect("strides are that long at most");
+        let new = window.last_chunk::<PAGE_SIZE>().expect("a page and more");
+        let (mut lines, mut mask_at, mut literal) = (0, 0, 0);
+        for (line, (old, new)) in old.as_chunks().0.iter().zip(new.as_chunks().0).enumerate() {
+            let (old, new) = (load_line(old), load_line(new));
+            let mask = _mm512_cmpneq_epi8_mask(old, new);
+            if mask == 0 {
+                continue;
+            }
+            lines |= 1 << line;
+            out.masks[mask_at..mask_at + 8].copy_from_slice(&mask.to_le_bytes());
+            mask_at += 8;
+            store_line(&mut out.literals[literal..], _mm512_maskz_compress_epi8(mask, _mm512_sub_epi8(new, old)));
+            literal += mask.count_ones() as usize;
+        }
+        (lines, literal)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi1,bmi2,popcnt")]
+    pub(super) fn read_records_avx512(
+        window: &mut [u8; WINDOW_BYTES],
+        stride: usize,
+        lines: u64,
+        masks: &[[u8; 8]],
+        mut literals: &[u8],
+    ) {
+        let mut masks = masks.iter();
+        for line in 0..LINES {
+            let at = STRIDE_MAX + line * LINE_BYTES;
+            let mut bytes =
+                window[at - stride..].first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+            if lines >> line & 1 != 0 {
+                let mask = masks.next().map_or(0, |mask| u64::from_le_bytes(*mask));
+                let by = literals.first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+                bytes = _mm512_add_epi8(bytes, _mm512_maskz_expand_epi8(mask, by));
+                literals = literals.get(mask.count_ones() as usize..).unwrap_or_default();
+            }
+            store_line(&mut window[at..], bytes);
+        }
     }
 
     /// Where each word goes in the table, a byte each.

@@ -153,9 +153,9 @@ impl WordWriter {
         let tags_len = self.tags.len();
         self.tags.resize(tags_len + TAGS_PAGE_BYTES, 0);
         let room = PageRoom {
-            tags: room(&mut self.tags, tags_len),
-            indexes: room(&mut self.indexes, self.indexes_len),
-            literals: room(&mut self.literals, self.literals_len),
+            tags: super::room(&mut self.tags, tags_len),
+            indexes: super::room(&mut self.indexes, self.indexes_len),
+            literals: super::room(&mut self.literals, self.literals_len),
         };
         let (indexes, literals) = simd::write_words(page, &mut self.table, room);
         self.indexes_len += indexes;
@@ -172,12 +172,6 @@ impl WordWriter {
         self.tags.clear();
         (self.indexes_len, self.literals_len) = (0, 0);
     }
-}
-
-/// Room for the longest page; what is written beyond its end is written over by the next.
-fn room<const N: usize>(bytes: &mut Vec<u8>, at: usize) -> &mut [u8; N] {
-    bytes.resize(bytes.len().max(at + N), 0);
-    bytes[at..].first_chunk_mut().expect("it was just made that long")
 }
 
 /// Bytes after the literals that [`read`] may look at.

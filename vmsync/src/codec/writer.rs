@@ -1,13 +1,16 @@
 //! Makes frames; [`super::frame`] has their layout.
 
 use zstd::bulk::Compressor;
+use zstd::zstd_safe::{CParameter, ParamSwitch};
 
 use super::diff::{PatchRoom, put_varint};
 use super::frame::{
     CHANGES, CHANGES_HEAD_BYTES, ENTRY_BYTES, KIND_BLOCK, KIND_FILL, KIND_PATCH, KIND_ZERO, MAX_CHANGED_PAGES,
-    MAX_FRAME_BYTES, MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, TAGS_BYTES, WHOLE, WHOLE_HEAD_BYTES, WORDS, ZSTD,
+    MAX_FRAME_BYTES, MAX_STREAM_BYTES, MAX_WHOLE_PAGES, RAW, RECORDS, RECORDS_HEAD_BYTES, TAGS_BYTES, WHOLE,
+    WHOLE_HEAD_BYTES, WORDS, WORDS_HEAD_BYTES, ZSTD,
 };
 use super::noise::NoiseFilter;
+use super::records::RecordWriter;
 use super::sum::Tag;
 use super::words::{self, WordWriter};
 use crate::bytes::Put;
@@ -15,11 +18,15 @@ use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 
 /// Level at which streams of changes are compressed. They are short, and the link may be long.
 const CHANGES_LEVEL: i32 = -1;
-/// What words are made of repeats less than what pages are; zstd gains little by looking closer.
-const WORDS_FASTER: i32 = 2;
+/// What the other streams are made of repeats less than pages do; zstd gains little by looking closer.
+const RECORDS_FASTER: i32 = 4;
+/// The streams of words at fast levels: tags and literals are little more than coded by their frequencies (see
+/// [`Packers::new`]), only indexes repeat in longer runs.
+const WORDS_LEVELS: [i32; 3] = [-20, -3, -2000];
+/// At others.
+const WORDS_LEVEL_SLOW: i32 = -1;
 /// Streams shorter than this are not worth zstd's own header.
 const WORTH_PACKING_BYTES: usize = 64;
-const WORDS_HEAD_BYTES: usize = 8;
 /// Most bytes that one page adds to a frame of changes, besides its patch: two addresses and a word.
 const PAGE_EXTRA_BYTES: usize = 18;
 
@@ -28,11 +35,11 @@ pub(super) struct FrameWriter {
     changes: Changes,
     packed: Whole,
     words: Words,
+    records: Records,
     plain: Plain,
     noise: NoiseFilter,
-    packer: Option<Compressor<'static>>,
-    words_packer: Option<Compressor<'static>>,
-    changes_packer: Option<Compressor<'static>>,
+    /// `None`: nothing is compressed.
+    packers: Option<Packers>,
     scratch: Vec<u8>,
     frames: Vec<Vec<u8>>,
     spare: Spare,
@@ -70,11 +77,10 @@ impl FrameWriter {
             changes: Changes::default(),
             packed: Whole::default(),
             words: Words::default(),
+            records: Records::default(),
             plain: Plain::default(),
             noise: NoiseFilter::default(),
-            packer: None,
-            words_packer: None,
-            changes_packer: None,
+            packers: None,
             scratch: Vec::new(),
             frames: Vec::new(),
             spare: Spare::default(),
@@ -85,13 +91,12 @@ impl FrameWriter {
 
     /// Level of whole pages, as zstd counts: negative is faster; 0 turns all compression off.
     pub(super) fn set_level(&mut self, level: i32) {
-        if level == 0 {
-            (self.packer, self.words_packer, self.changes_packer) = (None, None, None);
-            return;
+        match &mut self.packers {
+            _ if level == 0 => self.packers = None,
+            Some(packers) => packers.set_level(level),
+            // zstd only fails here for want of memory; frames then travel raw.
+            none => *none = Packers::new(level).ok(),
         }
-        set_packer(&mut self.packer, level);
-        set_packer(&mut self.words_packer, (level - WORDS_FASTER).min(-1));
-        set_packer(&mut self.changes_packer, CHANGES_LEVEL);
     }
 
     pub(super) fn zero(&mut self, addr: PageAddr) {
@@ -120,7 +125,14 @@ impl FrameWriter {
 
     /// Adds a whole page; true if it does not compress.
     pub(super) fn data(&mut self, addr: PageAddr, page: &Page) -> bool {
-        let noise = self.packer.is_none() || self.noise.is_noise(page);
+        if self.packers.is_some() && words::suit(page) {
+            self.words.push(addr, page);
+            if usize::from(self.words.entries.pages) == MAX_WHOLE_PAGES {
+                self.write_words();
+            }
+            return false;
+        }
+        let noise = self.packers.is_none() || self.noise.is_noise(page);
         if noise {
             if self.noise.wants_probe() {
                 self.probe(page);
@@ -129,10 +141,10 @@ impl FrameWriter {
             if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
                 self.frames.push(self.plain.take());
             }
-        } else if words::suit(page) {
-            self.words.push(addr, page);
-            if usize::from(self.words.entries.pages) == MAX_WHOLE_PAGES {
-                self.write_words();
+        } else if let Some(stride) = self.records.writer.judge(page) {
+            self.records.push(addr, page, stride);
+            if usize::from(self.records.entries.pages) == MAX_WHOLE_PAGES {
+                self.write_records();
             }
         } else {
             self.packed.push(addr, page);
@@ -140,7 +152,7 @@ impl FrameWriter {
                 self.write_packed();
             }
         }
-        noise && self.packer.is_some()
+        noise && self.packers.is_some()
     }
 
     /// Ends what was begun, and gives all frames.
@@ -148,6 +160,7 @@ impl FrameWriter {
         self.write_changes();
         self.write_packed();
         self.write_words();
+        self.write_records();
         if self.plain.pages > 0 {
             self.frames.push(self.plain.take());
         }
@@ -194,37 +207,76 @@ impl FrameWriter {
         out.extend_from_slice(&changes.tags);
         changes.addresses.extend_from_slice(&changes.runs);
         changes.addresses.extend_from_slice(&changes.data);
-        let packer = self.changes_packer.as_mut().filter(|_| streams >= WORTH_PACKING_BYTES);
-        append(&mut out, &changes.addresses, packer, &mut self.scratch);
+        let packer = self.packers.as_mut().map(|packers| &mut packers.changes);
+        let packer = packer.filter(|_| streams >= WORTH_PACKING_BYTES);
+        if append(&mut out, &changes.addresses, packer, &mut self.scratch) < streams {
+            out[1] = ZSTD;
+        }
         changes.clear();
         self.frames.push(out);
     }
 
     fn write_packed(&mut self) {
-        self.frames.extend(self.packed.write(self.packer.as_mut(), &mut self.scratch, &mut self.spare));
+        let packer = self.packers.as_mut().map(|packers| &mut packers.pages);
+        self.frames.extend(self.packed.write(packer, &mut self.scratch, &mut self.spare));
     }
 
     fn write_words(&mut self) {
-        let packer = self.words_packer.as_mut();
-        self.frames.extend(self.words.write(packer, &mut self.scratch, &mut self.spare));
+        let packers = self.packers.as_mut().map(|packers| &mut packers.words);
+        self.frames.extend(self.words.write(packers, &mut self.scratch, &mut self.spare));
+    }
+
+    fn write_records(&mut self) {
+        let packer = self.packers.as_mut().map(|packers| &mut packers.records);
+        self.frames.extend(self.records.write(packer, &mut self.scratch, &mut self.spare));
     }
 
     /// Compresses a page that was judged as noise, to learn from it.
     fn probe(&mut self, page: &Page) {
+        let Some(packers) = &mut self.packers else { return };
         self.scratch.clear();
         self.scratch.reserve(2 * PAGE_SIZE);
-        if let Some(Ok(packed)) = self.packer.as_mut().map(|p| p.compress_to_buffer(page, &mut self.scratch)) {
+        if let Ok(packed) = packers.pages.compress_to_buffer(page, &mut self.scratch) {
             self.noise.probed(PAGE_SIZE, packed);
         }
     }
 }
 
-/// Has it pack at this level, which is not 0.
-fn set_packer(packer: &mut Option<Compressor<'static>>, level: i32) {
-    match packer {
-        Some(packer) => drop(packer.set_compression_level(level)),
-        // zstd only fails here for want of memory; frames then travel raw.
-        none => *none = Compressor::new(level).ok(),
+type Packer = Compressor<'static>;
+
+/// zstd, at the level that each stream is worth.
+struct Packers {
+    pages: Packer,
+    records: Packer,
+    /// Tags, indexes, literals.
+    words: [Packer; 3],
+    changes: Packer,
+}
+
+impl Packers {
+    fn new(level: i32) -> std::io::Result<Self> {
+        let packer = || Packer::new(level);
+        let words = [packer()?, packer()?, packer()?];
+        let mut packers = Self { pages: packer()?, records: packer()?, words, changes: Packer::new(CHANGES_LEVEL)? };
+        // Without these codes, zstd would leave literals as they are at its fast levels. Older ones do.
+        let [tags, _, literals] = &mut packers.words;
+        for packer in [tags, literals] {
+            let _ = packer.set_parameter(CParameter::LiteralCompressionMode(ParamSwitch::Enable));
+        }
+        packers.set_level(level);
+        Ok(packers)
+    }
+
+    /// As zstd counts; not 0.
+    fn set_level(&mut self, level: i32) {
+        let words = if level < 0 { WORDS_LEVELS } else { [WORDS_LEVEL_SLOW; 3] };
+        let [tags, indexes, literals] = &mut self.words;
+        let all = [&mut self.pages, &mut self.records, tags, indexes, literals];
+        let levels = [level, (level - RECORDS_FASTER).min(-1), words[0], words[1], words[2]];
+        for (packer, level) in all.into_iter().zip(levels) {
+            // A level outside zstd's is taken as the next one that it has.
+            let _ = packer.set_compression_level(level);
+        }
     }
 }
 
@@ -291,12 +343,12 @@ impl Entries {
     }
 
     /// The beginning of their frame, with room for so many bytes more; none if there are no pages. Then there are none.
-    fn begin(&mut self, more: usize, spare: &mut Spare) -> Option<Vec<u8>> {
+    fn begin(&mut self, encoding: u8, more: usize, spare: &mut Spare) -> Option<Vec<u8>> {
         if self.pages == 0 {
             return None;
         }
         let mut out = spare.take(WHOLE_HEAD_BYTES + self.bytes.len() + more);
-        out.extend_from_slice(&[WHOLE, RAW]);
+        out.extend_from_slice(&[WHOLE, encoding]);
         out.put_u16(self.pages);
         out.extend_from_slice(&self.bytes);
         self.pages = 0;
@@ -311,14 +363,11 @@ impl Whole {
         self.data.extend_from_slice(page);
     }
 
-    fn write(
-        &mut self,
-        packer: Option<&mut Compressor<'static>>,
-        scratch: &mut Vec<u8>,
-        spare: &mut Spare,
-    ) -> Option<Vec<u8>> {
-        let mut out = self.entries.begin(0, spare)?;
-        append(&mut out, &self.data, packer, scratch);
+    fn write(&mut self, packer: Option<&mut Packer>, scratch: &mut Vec<u8>, spare: &mut Spare) -> Option<Vec<u8>> {
+        let mut out = self.entries.begin(RAW, 0, spare)?;
+        if append(&mut out, &self.data, packer, scratch) < self.data.len() {
+            out[1] = ZSTD;
+        }
         self.data.clear();
         Some(out)
     }
@@ -329,7 +378,6 @@ impl Whole {
 struct Words {
     entries: Entries,
     writer: WordWriter,
-    streams: Vec<u8>,
 }
 
 impl Words {
@@ -340,18 +388,51 @@ impl Words {
 
     fn write(
         &mut self,
-        packer: Option<&mut Compressor<'static>>,
+        mut packers: Option<&mut [Packer; 3]>,
         scratch: &mut Vec<u8>,
         spare: &mut Spare,
     ) -> Option<Vec<u8>> {
-        let mut out = self.entries.begin(WORDS_HEAD_BYTES, spare)?;
+        let mut out = self.entries.begin(WORDS, WORDS_HEAD_BYTES, spare)?;
         let streams = self.writer.streams();
+        let head_at = out.len();
         // Of 64 pages, some 300 KiB.
         out.put_u32(streams[1].len() as u32);
         out.put_u32(streams[2].len() as u32);
+        out.extend_from_slice(&[0; 8]);
+        for (index, stream) in streams.into_iter().enumerate() {
+            let packed = append(&mut out, stream, packers.as_mut().map(|packers| &mut packers[index]), scratch);
+            // The last one's is what is left.
+            if let Some(field) = out[head_at + 8..head_at + WORDS_HEAD_BYTES].as_chunks_mut().0.get_mut(index) {
+                *field = (packed as u32).to_le_bytes();
+            }
+        }
+        self.writer.clear();
+        Some(out)
+    }
+}
+
+/// Whole pages coded as records.
+#[derive(Default)]
+struct Records {
+    entries: Entries,
+    writer: RecordWriter,
+    streams: Vec<u8>,
+}
+
+impl Records {
+    fn push(&mut self, addr: PageAddr, page: &Page, stride: u8) {
+        self.entries.push(addr);
+        self.writer.push(page, stride);
+    }
+
+    fn write(&mut self, packer: Option<&mut Packer>, scratch: &mut Vec<u8>, spare: &mut Spare) -> Option<Vec<u8>> {
+        let mut out = self.entries.begin(RECORDS, RECORDS_HEAD_BYTES, spare)?;
+        let streams = self.writer.streams();
+        // Of 64 pages, 32 and 256 KiB.
+        out.put_u32(streams[2].len() as u32);
+        out.put_u32(streams[3].len() as u32);
         streams.iter().for_each(|stream| self.streams.extend_from_slice(stream));
         append(&mut out, &self.streams, packer, scratch);
-        out[1] |= WORDS;
         self.writer.clear();
         self.streams.clear();
         Some(out)
@@ -390,15 +471,12 @@ impl Plain {
     }
 }
 
-/// Appends `data` as one zstd block and says so in the frame's second byte; or as it is, if that is not shorter.
-fn append(out: &mut Vec<u8>, data: &[u8], packer: Option<&mut Compressor<'static>>, scratch: &mut Vec<u8>) {
+/// Appends `data` as one zstd block; or as it is, if that is not shorter. How many bytes it took.
+fn append(out: &mut Vec<u8>, data: &[u8], packer: Option<&mut Packer>, scratch: &mut Vec<u8>) -> usize {
     scratch.clear();
     scratch.reserve(zstd::zstd_safe::compress_bound(data.len()));
     let packed = packer.and_then(|packer| packer.compress_to_buffer(data, scratch).ok());
-    if packed.is_some_and(|len| len < data.len()) {
-        out[1] = ZSTD;
-        out.extend_from_slice(scratch);
-    } else {
-        out.extend_from_slice(data);
-    }
+    let taken = if packed.is_some_and(|len| len < data.len()) { &scratch[..] } else { data };
+    out.extend_from_slice(taken);
+    taken.len()
 }
