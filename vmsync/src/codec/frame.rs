@@ -342,11 +342,13 @@ impl FrameDecoder {
         let (mut at, mut unpacked) = (0, Ok(()));
         for (packed, len) in packed.iter().zip(lengths) {
             let room = &mut streams[at..at + len];
-            unpacked = unpacked.and_then(|()| match packed.len() {
-                found if found == *len => Ok(room.copy_from_slice(packed)),
-                found if found > *len => Err(FrameError::DataLength { expected: *len, found }),
-                _ => self.decompress(packed, *len, room),
-            });
+            if packed.len() == *len {
+                room.copy_from_slice(packed);
+            } else if packed.len() > *len {
+                unpacked = Err(FrameError::DataLength { expected: *len, found: packed.len() });
+            } else if unpacked.is_ok() {
+                unpacked = self.decompress(packed, *len, room);
+            }
             at += len;
         }
         streams[at..total].copy_from_slice(padding);
