@@ -81,12 +81,14 @@ impl Streams {
                 }
                 let [low, high] = halves.map(|half| u64::from(u32::from_le_bytes(half)));
                 let mut word = low | high << 32;
+                let mut place = ((word >> 16).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as usize;
                 if tag >= ENTRY {
-                    let entry = before[usize::from(*indexes.next()?)];
+                    place = usize::from(*indexes.next()?);
+                    let entry = before[place];
                     let modulus = 1 << (8 * (tag - ENTRY));
                     word = entry - entry % modulus + entry.wrapping_add(low) % modulus;
                 }
-                table[((word >> 16).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as usize] = word;
+                table[place] = word;
                 words.push(word);
             }
         }

@@ -16,7 +16,7 @@
 //! The table has 256 entries, all zero at a frame's start. A line is 8 words: all of them are read from the table as it was
 //! before the line; then each in turn becomes the entry that it hashes to, which depends on its upper 6 bytes. So the
 //! words of a line do not wait for each other, and vectors code them at once ([`super::simd`]). A word that was read from
-//! an entry hashes to that same entry: where all words of a line go is known before any entry is read.
+//! an entry becomes that entry, to which it hashes too: where all words of a line go is known before any entry is read.
 
 use super::simd::{self, LINE_BYTES, LINES};
 use crate::units::{PAGE_SIZE, Page};
