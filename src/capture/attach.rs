@@ -10,9 +10,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vmsync::layout::{RamBlock, RamLayout};
 
-use super::cutter::{CutError, Cutter, MonitorCall, StatePipe};
+use super::cutter::{CutError, Cutter, MonitorCall};
 use super::guard::{Guard, GuardError, Injected, Injection};
 use super::memory::{GuestMemory, MemoryError};
+use super::pipe::StatePipe;
 use super::tracker::{HashTracker, Tracker, TrackerError, UserfaultTracker};
 use super::uffd::{self, ProtectMode};
 use crate::config::TrackerChoice;

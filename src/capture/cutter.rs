@@ -16,14 +16,12 @@
 //! ```
 //! Whatever fails in between, the guest is started by QEMU itself; the pages found are carried into the next cut.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmsync::batch::PageBatch;
@@ -34,9 +32,9 @@ use vmsync::units::{PAGE_SIZE, PageAddr};
 use super::crew::{self, Crew};
 use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
+use super::pipe::{Openings, StatePipe, WIDE_PIPE_BYTES, Writing};
 use super::priority;
-use super::tracker::{LiveReads, Tracker, TrackerError};
-use crate::disk::line::waiting_bytes;
+use super::tracker::{LiveReads, Tracker, TrackerError, Writer};
 use crate::disk::{DiskProblem, DiskSet};
 
 /// Sends one QMP command by the hypervisor's pass-through and waits for its answer.
@@ -44,8 +42,6 @@ pub type MonitorCall = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 
 /// Largest device state accepted; 200 KB is usual.
 pub use vmsync::device_state::MAX_DEVICE_STATE_BYTES;
-/// What an unprivileged pipe may have at most by the kernel's default.
-const WIDE_PIPE_BYTES: i32 = 1 << 20;
 /// Pages written on disks whose contents a cut takes, right after it; with more it only tells which, and they are read later.
 const DISK_PAGES_MAX: u64 = 8192;
 /// How long a pipe must be silent after a failed command until we believe that QEMU writes no more to it.
@@ -88,9 +84,11 @@ pub struct Captured {
     pub at: Instant,
     /// From there until its state was read whole: the guest starts about then.
     pub held: Duration,
-    /// Of that, finding the written pages, and copying them.
+    /// Of that: finding the written pages, as far as QEMU waited for it, and copying them.
     pub scan: Duration,
     pub copy: Duration,
+    /// All our work on it.
+    pub worked: Duration,
     /// See [`GuestMemory::mappings_digest`]; of a moment when the guest stood still.
     pub mappings: u64,
     /// In the guest's output, if somebody holds it.
@@ -104,91 +102,27 @@ struct Stopped {
     held: Duration,
 }
 
-/// QEMU's pipe: our read end, and the number of the descriptor by which QEMU opens its write end for each cut.
-pub struct StatePipe {
-    read_end: File,
-    path_fd: i32,
-}
-
-impl StatePipe {
-    /// Sets the pipe to one page, so that QEMU waits for us after the first bytes. QEMU must not be writing to it.
-    pub fn new(read_end: OwnedFd, path_fd: i32) -> io::Result<Self> {
-        fcntl(&read_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        let pipe = Self { read_end: File::from(read_end), path_fd };
-        pipe.empty()?;
-        pipe.hold(PAGE_SIZE)?;
-        Ok(pipe)
-    }
-
-    /// Throws away what a cut left whose agent died: no pipe can be narrowed below what it holds, and the next cut
-    /// must not take it for its own first bytes.
-    fn empty(&self) -> io::Result<()> {
-        let mut rest = Vec::new();
-        self.read_available(MAX_DEVICE_STATE_BYTES, &mut rest)?;
-        if !rest.is_empty() {
-            tracing::info!(thrown_away = rest.len(), "the pipe held the rest of an earlier cut");
-        }
-        Ok(())
-    }
-
-    /// QEMU waits for us after so many bytes, a power of two pages.
-    fn hold(&self, bytes: usize) -> io::Result<()> {
-        fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(bytes as i32)).map(drop).map_err(Into::into)
-    }
-
-    /// Reads what is there, up to `most` bytes; how many there were. What goes wrong shows at the next reading.
-    fn read_at_most(&self, most: usize, into: &mut Vec<u8>) -> usize {
-        let before = into.len();
-        into.resize(before + most, 0);
-        let mut read = 0;
-        while read < most {
-            match (&self.read_end).read(&mut into[before + read..]) {
-                Ok(more) if more > 0 => read += more,
-                _ => break,
-            }
-        }
-        into.truncate(before + read);
-        read
-    }
-
-    /// Bytes that wait to be read.
-    fn filled(&self) -> io::Result<usize> {
-        waiting_bytes(&self.read_end)
-    }
-
-    /// Room for all of a usual state: QEMU need not wait for us page by page once we have what we stopped it for.
-    /// Where the kernel gives no more room, it waits as before.
-    fn widen(&self) {
-        let _ = fcntl(&self.read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES));
-    }
-
-    /// Reads all that is there; true: QEMU has closed its end. Beyond `most` bytes they are thrown away: QEMU must not be
-    /// left waiting.
-    fn read_available(&self, most: usize, into: &mut Vec<u8>) -> io::Result<bool> {
-        let mut buffer = [0u8; 16384];
-        loop {
-            match (&self.read_end).read(&mut buffer) {
-                Ok(0) => return Ok(true),
-                Ok(_) if into.len() > most => {}
-                Ok(read) => into.extend_from_slice(&buffer[..read]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-}
-
 const FROM_PIPE: u64 = 0;
 const FROM_MONITOR: u64 = 1;
+const FROM_OPENINGS: u64 = 2;
 
 /// Tells what happens in the pipe as it happens, once: between two commands it has no writer, which would be told for ever.
-fn news_of(pipe: &StatePipe, monitor: &MonitorThread) -> nix::Result<Epoll> {
+fn news_of(pipe: &StatePipe, monitor: &MonitorThread, openings: Option<&Openings>) -> nix::Result<Epoll> {
     let news = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
     news.add(&pipe.read_end, EpollEvent::new(once, FROM_PIPE))?;
     news.add(&*monitor.done, EpollEvent::new(EpollFlags::EPOLLIN, FROM_MONITOR))?;
+    if let Some(openings) = openings {
+        news.add(openings, EpollEvent::new(EpollFlags::EPOLLIN, FROM_OPENINGS))?;
+    }
     Ok(news)
+}
+
+/// What there is to be seen of a cut.
+struct News {
+    pipe: EpollFlags,
+    opened: bool,
+    answered: bool,
 }
 
 type Copiers = Crew<(Vec<PageAddr>, PageBatch), Result<PageBatch, MemoryError>>;
@@ -199,6 +133,8 @@ pub struct Cutter {
     slot: Slot,
     pipe: StatePipe,
     monitor: MonitorThread,
+    /// `None`: not told here; the first bytes are.
+    openings: Option<Openings>,
     news: Epoll,
     memory: GuestMemory,
     tracker: Box<dyn Tracker>,
@@ -286,7 +222,10 @@ impl Cutter {
     ) -> Result<Self, CutError> {
         let slot = guard.watch(pipe.read_end.as_fd(), memory.pid())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
-        let news = news_of(&pipe, &monitor).map_err(|error| CutError::Pipe(error.into()))?;
+        let openings = Openings::of(&pipe)
+            .inspect_err(|error| tracing::warn!(%error, "no inotify instance is left (fs.inotify.max_user_instances): pauses are a little longer"))
+            .ok();
+        let news = news_of(&pipe, &monitor, openings.as_ref()).map_err(|error| CutError::Pipe(error.into()))?;
         let carried = PageSet::new(memory.layout());
         let hands = crew::hands_for(memory.layout().total_bytes(), COPY_LEAST_BYTES);
         let copy =
@@ -297,6 +236,7 @@ impl Cutter {
             slot,
             pipe,
             monitor,
+            openings,
             news,
             memory,
             tracker,
@@ -341,7 +281,8 @@ impl Cutter {
     /// Stops the guest for the next part of the tracker's preparation; true: it is ready, cuts may begin.
     pub fn prepare(&mut self) -> Result<bool, CutError> {
         let (memory, mut ready) = (self.memory.clone(), false);
-        let work = |tracker: &mut dyn Tracker, _: &mut PageSet, _: &mut dyn FnMut()| {
+        let work = |tracker: &mut dyn Tracker, _: &mut PageSet, qemu: &mut Writing| {
+            qemu.wait().map_err(TrackerError::Writer)?;
             ready = tracker.prepare_part(&memory)?;
             Ok(())
         };
@@ -354,25 +295,26 @@ impl Cutter {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
         let (mut parts, mut extra_pages) = (Vec::new(), PageBatch::new());
-        let (mut scan, mut copy) = (Duration::ZERO, Duration::ZERO);
+        let (mut scan, mut copy, mut worked) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
         let (at_stop, mut mark) = (self.at_stop.clone(), None);
         // Room for the pages is made before the guest stops, for about as many as last time.
         let mut spare = PageBatch::with_capacity(self.pages_hint);
         let mut copiers = std::mem::take(&mut self.copiers);
         let mut for_later = None;
-        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, let_qemu_go_on: &mut dyn FnMut()| {
+        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, qemu: &mut Writing| {
             let began = Instant::now();
             mark = at_stop.as_ref().and_then(|at_stop| at_stop());
             // Before the scan clears anything: what it finds must not be lost, whatever happens from here on.
             dirty.union_with(carried);
-            let found = tracker.collect(&memory, &mut dirty);
+            let found = tracker.collect(&memory, &mut dirty, qemu);
             let in_memory = dirty.len();
             let on_disks = collect_disks(&memory, &mut dirty);
             carried.union_with(&dirty);
             found?;
             on_disks?;
-            scan = began.elapsed();
-            let_qemu_go_on();
+            scan = qemu.waited();
+            let found_at = Instant::now();
+            qemu.go_on();
             if dirty.len() - in_memory > DISK_PAGES_MAX {
                 return Ok(());
             }
@@ -380,7 +322,7 @@ impl Cutter {
             let in_ram = dirty.iter().filter(|page| !memory.is_disk(*page)).collect();
             parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spare))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
-            copy = began.elapsed() - scan;
+            (copy, worked) = (found_at.elapsed(), began.elapsed());
             Ok(())
         };
         let mut mappings = None;
@@ -400,15 +342,15 @@ impl Cutter {
         parts.for_each(|part| pages.append(part));
         self.pages_hint = pages.len() + pages.len() / 4;
         pages.append(of_disks);
-        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, mappings, mark })
+        Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, worked, mappings, mark })
     }
 
     /// Finds the written pages without copying them: for when nobody can use a cut, or too much may have piled up.
     pub fn collect(&mut self) -> Result<(PageSet, Instant), CutError> {
         let memory = self.memory.clone();
         let mut dirty = PageSet::new(memory.layout());
-        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, _: &mut dyn FnMut()| {
-            let found = tracker.collect(&memory, carried);
+        let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, qemu: &mut Writing| {
+            let found = tracker.collect(&memory, carried, qemu);
             let on_disks = collect_disks(&memory, carried);
             dirty.union_with(carried);
             found?;
@@ -420,15 +362,16 @@ impl Cutter {
     }
 
     /// Runs `work` while the guest is stopped, and then `meanwhile` while QEMU writes the rest of its state, for longer
-    /// than a short look takes. `work` may call its last argument to let QEMU write a part more of its state.
+    /// than a short look takes.
     fn stopped(
         &mut self,
         bound: Duration,
-        mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut dyn FnMut()) -> Result<(), CutError>,
+        mut work: impl FnMut(&mut dyn Tracker, &mut PageSet, &mut Writing) -> Result<(), CutError>,
         mut meanwhile: impl FnMut(),
     ) -> Result<Stopped, CutError> {
         self.finish()?;
         self.pipe.empty().map_err(CutError::Pipe)?;
+        self.was_opened();
         self.guard.begin(self.slot, bound)?;
         let command = format!(
             r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"/proc/self/fd/{}","live":false}}}}"#,
@@ -438,22 +381,28 @@ impl Cutter {
         self.unanswered = true;
         let mut worked = None;
         let mut began = None;
+        let mut opened_again = false;
         let mut filled = 0;
         let mut closed = false;
         let mut state = Vec::with_capacity(self.state_bytes_hint);
         // `None`: the state is whole, and QEMU has closed the pipe. It will say so.
         let answer = loop {
-            let (seen, answered) = self.wait()?;
-            if !seen.is_empty() {
-                if began.is_none() && seen.contains(EpollFlags::EPOLLIN) {
+            let News { pipe: seen, opened, answered } = self.wait()?;
+            opened_again |= opened && began.is_some();
+            // The guest stands still from before the opening until we have read what comes then.
+            let stands_still = seen.contains(EpollFlags::EPOLLIN) || opened && self.pipe.has_writer();
+            if !seen.is_empty() || stands_still {
+                if began.is_none() && stands_still {
                     began = Some(Instant::now());
-                    let mut spare = self.spare_bytes;
-                    let mut go_on = || {
-                        // Where the kernel gives no more room, it waits as before.
-                        let _ = self.pipe.hold(self.room_bytes);
-                        spare -= self.pipe.read_at_most(spare, &mut state);
+                    let mut qemu = Writing {
+                        pipe: &self.pipe,
+                        answered: &self.monitor.done,
+                        state: &mut state,
+                        room_bytes: self.room_bytes,
+                        spare_bytes: self.spare_bytes,
+                        waits_since: None,
                     };
-                    worked = Some(work(&mut *self.tracker, &mut self.carried, &mut go_on));
+                    worked = Some(work(&mut *self.tracker, &mut self.carried, &mut qemu));
                     filled = state.len() + self.pipe.filled().map_err(CutError::Pipe)?;
                     self.pipe.widen();
                     meanwhile();
@@ -484,6 +433,10 @@ impl Cutter {
             return Err(CutError::DeviceState("QEMU answered without writing any".into()));
         };
         worked?;
+        // By a command that came late, say: what was searched may be of before the guest ran again.
+        if self.was_opened() || opened_again {
+            return Err(CutError::DeviceState("the pipe was opened twice".into()));
+        }
         if state.len() > MAX_DEVICE_STATE_BYTES {
             return Err(CutError::DeviceState(format!("more than {MAX_DEVICE_STATE_BYTES} bytes")));
         }
@@ -518,16 +471,25 @@ impl Cutter {
         Ok(self.guard.end(self.slot)?)
     }
 
-    /// Waits for bytes in the pipe, or its end, or the monitor's answer.
-    fn wait(&self) -> Result<(EpollFlags, bool), CutError> {
-        let mut events = [EpollEvent::empty(); 2];
+    /// Whether the pipe was opened since this was last asked.
+    fn was_opened(&self) -> bool {
+        self.openings.as_ref().is_some_and(Openings::take)
+    }
+
+    /// Waits for the opening of the pipe, bytes in it, its end, or the monitor's answer.
+    fn wait(&self) -> Result<News, CutError> {
+        let mut events = [EpollEvent::empty(); 3];
         let ready = match self.news.wait(&mut events, EpollTimeout::NONE) {
             Ok(ready) => ready,
             Err(nix::Error::EINTR) => 0,
             Err(error) => return Err(CutError::Pipe(error.into())),
         };
         let of = |data| events[..ready].iter().find(|event| event.data() == data).map(EpollEvent::events);
-        Ok((of(FROM_PIPE).unwrap_or(EpollFlags::empty()), of(FROM_MONITOR).is_some()))
+        Ok(News {
+            pipe: of(FROM_PIPE).unwrap_or(EpollFlags::empty()),
+            opened: of(FROM_OPENINGS).is_some() && self.was_opened(),
+            answered: of(FROM_MONITOR).is_some(),
+        })
     }
 
     fn read_available(&self, state: &mut Vec<u8>) -> Result<bool, CutError> {
@@ -619,6 +581,7 @@ impl Drop for MonitorThread {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::Write;
 
     #[test]
@@ -632,24 +595,13 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_cut_left_in_the_pipe_is_thrown_away() {
-        let (read_end, write_end) = nix::unistd::pipe().unwrap();
-        fcntl(&read_end, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE_BYTES)).unwrap();
-        File::from(write_end.try_clone().unwrap()).write_all(&vec![7; 3 * PAGE_SIZE]).unwrap();
-        let pipe = StatePipe::new(read_end, 0).unwrap();
-        let mut byte = [0];
-        let nothing = (&pipe.read_end).read(&mut byte).unwrap_err();
-        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
-        assert_eq!(fcntl(&pipe.read_end, FcntlArg::F_GETPIPE_SZ).unwrap(), PAGE_SIZE as i32);
-    }
-
-    #[test]
     fn each_writer_that_comes_and_goes_is_told_once() {
         let (read_end, write_end) = nix::unistd::pipe().unwrap();
         let path = format!("/proc/self/fd/{}", read_end.as_raw_fd());
         let pipe = StatePipe::new(read_end, 0).unwrap();
         let monitor = MonitorThread::start(Arc::new(|_| Ok(()))).unwrap();
-        let news = news_of(&pipe, &monitor).unwrap();
+        let openings = Openings::of(&pipe).unwrap();
+        let news = news_of(&pipe, &monitor, Some(&openings)).unwrap();
         let told = || {
             let mut events = [EpollEvent::empty(); 2];
             let ready = news.wait(&mut events, EpollTimeout::ZERO).unwrap();
@@ -661,6 +613,8 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(told(), None);
             let mut writer = File::options().write(true).open(&path).unwrap();
+            assert_eq!(told(), Some((FROM_OPENINGS, EpollFlags::EPOLLIN)));
+            assert!(openings.take());
             assert_eq!(told(), None);
             writer.write_all(b"QEVM").unwrap();
             assert_eq!(told(), Some((FROM_PIPE, EpollFlags::EPOLLIN)));

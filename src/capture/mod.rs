@@ -8,6 +8,7 @@ pub mod cutter;
 pub mod guard;
 pub mod inject;
 pub mod memory;
+pub mod pipe;
 pub mod priority;
 pub mod tracker;
 pub mod uffd;

@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,11 +28,23 @@ use super::uffd::{ProtectMode, WriteTracker};
 pub enum TrackerError {
     #[error("write tracking of QEMU (process {pid}): {what}: {source}")]
     Kernel { pid: i32, what: &'static str, source: io::Error },
+    #[error("waiting for QEMU to write its state: {0}")]
+    Writer(#[source] io::Error),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The kernel reported a page that no RAM block holds.
     #[error(transparent)]
     Layout(#[from] OutsideLayout),
+}
+
+/// QEMU, which makes the first part of a stopped guest's state and then waits for us to read it. While it is at work, each
+/// page table that is protected interrupts it.
+pub trait Writer {
+    /// Whether it waits already.
+    fn waits(&mut self) -> bool;
+
+    /// Returns when it does.
+    fn wait(&mut self) -> io::Result<()>;
 }
 
 /// Finds written pages. The guest is stopped, its I/O drained, whenever `collect` is called.
@@ -42,8 +55,13 @@ pub trait Tracker: Send {
     /// tracked before it returned true. Bounded so that a part costs a pause like any other.
     fn prepare_part(&mut self, memory: &GuestMemory) -> Result<bool, TrackerError>;
 
-    /// Adds to `written` all pages written since the last call, and possibly a few more.
-    fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError>;
+    /// Adds to `written` all pages written since the last call, and possibly a few more. When it is done, `qemu` waits.
+    fn collect(
+        &mut self,
+        memory: &GuestMemory,
+        written: &mut PageSet,
+        qemu: &mut dyn Writer,
+    ) -> Result<(), TrackerError>;
 
     /// Where this tracker must be told what was read of the running guest between two cuts; `None`: it need not.
     fn live_reads(&self) -> Option<LiveReads> {
@@ -81,7 +99,7 @@ impl LiveReads {
 /// By userfaultfd and PAGEMAP_SCAN.
 pub struct UserfaultTracker {
     tracker: WriteTracker,
-    crew: Crew<Vec<Stretch>, Scanned>,
+    crew: Crew<Arc<Pieces>, Scanned>,
     /// Bytes of all blocks, in order, that are protected already.
     prepared: u64,
 }
@@ -95,18 +113,38 @@ struct Stretch {
     len: u64,
 }
 
-/// Ranges found written, as block, first page and number of pages; and what went wrong, if not all was scanned.
-type Scanned = (Vec<(BlockIndex, u64, u64)>, io::Result<()>);
+/// What threads share among them as they go: another process may have the processor of one.
+struct Pieces {
+    left: Mutex<std::vec::IntoIter<Stretch>>,
+    /// QEMU waits: what is found may be protected at once.
+    protect: AtomicBool,
+}
+
+/// Block, first page, number of pages.
+type Pages = (BlockIndex, u64, u64);
+
+/// What one thread found, and what went wrong, if it could not go on.
+struct Scanned {
+    /// Protected again.
+    protected: Vec<Pages>,
+    /// Ranges of QEMU's addresses in which written pages were only seen.
+    seen: Vec<Stretch>,
+    outcome: io::Result<()>,
+}
 
 /// Less is not worth waking a thread for: it takes some 60 us to scan.
 const SCAN_LEAST_BYTES: u64 = 256 << 20;
-/// Borders between threads are multiples of what one page table maps.
-const SCAN_ALIGN_BYTES: u64 = 2 << 20;
+/// Borders between pieces are multiples of what one page table maps.
+const PAGE_TABLE_BYTES: u64 = 2 << 20;
+/// Pieces of RAM for each thread, between which it is seen whether QEMU waits.
+const PIECES_EACH: usize = 8;
+/// Fewer page tables are not worth waking a thread for: to protect what one maps takes some 5 us.
+const TABLES_EACH_LEAST: usize = 8;
 
-/// All of RAM in at most `hands` parts of about the same length.
-fn shares(memory: &GuestMemory, hands: usize) -> Vec<Vec<Stretch>> {
+/// All of RAM in at most `count` parts of about the same length.
+fn shares(memory: &GuestMemory, count: usize) -> Vec<Vec<Stretch>> {
     let total: u64 = memory.ranges().map(|(_, _, len)| len).sum();
-    let each = total.div_ceil(hands as u64).next_multiple_of(SCAN_ALIGN_BYTES);
+    let each = total.div_ceil(count as u64).next_multiple_of(PAGE_TABLE_BYTES);
     let (mut shares, mut room) = (vec![Vec::new()], each);
     for (block, block_starts_at, block_len) in memory.ranges() {
         let (mut start, end) = (block_starts_at, block_starts_at + block_len);
@@ -124,16 +162,36 @@ fn shares(memory: &GuestMemory, hands: usize) -> Vec<Vec<Stretch>> {
     shares
 }
 
-fn scan(tracker: &mut WriteTracker, stretches: &[Stretch]) -> Scanned {
-    let mut found = Vec::new();
-    for stretch in stretches {
-        let to_page = |at: u64| (at - stretch.block_starts_at) / PAGE_SIZE_U64;
-        let range = |start, end| found.push((stretch.block, to_page(start), (end - start) / PAGE_SIZE_U64));
-        if let Err(error) = tracker.collect(stretch.start, stretch.len, range) {
-            return (found, Err(error));
+/// Scans pieces until none is left; `between` is called after each.
+fn scan(tracker: &mut WriteTracker, pieces: &Pieces, mut between: impl FnMut()) -> Scanned {
+    let (mut protected, mut seen) = (Vec::new(), Vec::new());
+    let next = || pieces.left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    while let Some(stretch) = next() {
+        let Stretch { block, block_starts_at, start, len } = stretch;
+        let outcome = if pieces.protect.load(Ordering::Relaxed) {
+            let to_page = |at: u64| (at - block_starts_at) / PAGE_SIZE_U64;
+            let found = |start, end| protected.push((block, to_page(start), (end - start) / PAGE_SIZE_U64));
+            tracker.collect(start, len, found)
+        } else {
+            tracker.look(start, len, |start, end| see(&mut seen, Stretch { start, len: end - start, ..stretch }))
+        };
+        if outcome.is_err() {
+            return Scanned { protected, seen, outcome };
         }
+        between();
     }
-    (found, Ok(()))
+    Scanned { protected, seen, outcome: Ok(()) }
+}
+
+/// Adds a range to those before it; what one page table maps becomes one.
+fn see(seen: &mut Vec<Stretch>, next: Stretch) {
+    let table = |address: u64| address / PAGE_TABLE_BYTES;
+    match seen.last_mut() {
+        Some(last) if last.block == next.block && table(last.start + last.len - 1) == table(next.start) => {
+            last.len = next.start + next.len - last.start;
+        }
+        _ => seen.push(next),
+    }
 }
 
 /// Time spent in one pause on protecting RAM for the first time, looked at after each chunk of so many bytes. A chunk
@@ -151,9 +209,41 @@ impl UserfaultTracker {
         let total = memory.ranges().map(|(_, _, len)| len).sum();
         let others = 1..crew::hands_for(total, SCAN_LEAST_BYTES);
         let others: Vec<_> = others.map(|_| tracker.another()).collect::<Result<_, _>>().map_err(kernel("pagemap"))?;
-        let work = |mut tracker: WriteTracker| move |stretches: Vec<Stretch>| scan(&mut tracker, &stretches);
+        let work = |mut tracker: WriteTracker| move |pieces: Arc<Pieces>| scan(&mut tracker, &pieces, || ());
         let crew = Crew::start("scanner", others.into_iter().map(work)).map_err(kernel("starting a thread"))?;
         Ok(Self { tracker, crew, prepared: 0 })
+    }
+
+    /// Scans `pieces` by at most `hands` threads, from when `qemu` waits on protecting what is found. Adds to `written` what
+    /// was protected; returns where else there are written pages.
+    fn sweep(
+        &mut self,
+        pieces: Vec<Stretch>,
+        hands: usize,
+        written: &mut PageSet,
+        qemu: &mut dyn Writer,
+    ) -> Result<Vec<Stretch>, TrackerError> {
+        let pid = self.tracker.pid();
+        let kernel = |source| TrackerError::Kernel { pid, what: "scanning for writes", source };
+        let hands = hands.clamp(1, self.crew.len() + 1);
+        let protect = AtomicBool::new(qemu.waits());
+        let pieces = Arc::new(Pieces { left: Mutex::new(pieces.into_iter()), protect });
+        let scanned = self.crew.run(vec![Arc::clone(&pieces); hands], |own| {
+            scan(&mut self.tracker, &own, || pieces.protect.store(qemu.waits(), Ordering::Relaxed))
+        });
+        // What one thread found is kept even if another failed: the kernel tells it only once.
+        let (mut outcome, mut elsewhere) = (Ok(()), Vec::new());
+        for part in scanned {
+            let lost = |lost| Scanned { protected: Vec::new(), seen: Vec::new(), outcome: Err(io::Error::other(lost)) };
+            let part = part.unwrap_or_else(lost);
+            outcome = outcome.and(part.outcome.map_err(kernel));
+            for (block, first, count) in part.protected {
+                let inserted = written.insert_range(block, first, count);
+                outcome = outcome.and(inserted.map(drop).map_err(TrackerError::from));
+            }
+            elsewhere.extend(part.seen);
+        }
+        outcome.map(|()| elsewhere)
     }
 }
 
@@ -182,21 +272,22 @@ impl Tracker for UserfaultTracker {
         Ok(true)
     }
 
-    fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError> {
-        let kernel = |source| TrackerError::Kernel { pid: memory.pid(), what: "scanning for writes", source };
-        let shares = shares(memory, self.crew.len() + 1);
-        let scanned = self.crew.run(shares, |stretches| scan(&mut self.tracker, &stretches));
-        // What one thread found is kept even if another failed: the kernel tells it only once.
-        let mut outcome = Ok(());
-        for part in scanned {
-            let (found, scanned) = part.unwrap_or_else(|lost| (Vec::new(), Err(io::Error::other(lost))));
-            outcome = outcome.and(scanned.map_err(kernel));
-            for (block, first, count) in found {
-                let inserted = written.insert_range(block, first, count);
-                outcome = outcome.and(inserted.map_err(TrackerError::from));
-            }
+    fn collect(
+        &mut self,
+        memory: &GuestMemory,
+        written: &mut PageSet,
+        qemu: &mut dyn Writer,
+    ) -> Result<(), TrackerError> {
+        let hands = self.crew.len() + 1;
+        let all = shares(memory, hands * PIECES_EACH).into_iter().flatten().collect();
+        let seen = self.sweep(all, hands, written, qemu)?;
+        qemu.wait().map_err(TrackerError::Writer)?;
+        // These still count as written, and so do pages that QEMU wrote meanwhile.
+        let hands = seen.len() / TABLES_EACH_LEAST;
+        match self.sweep(seen, hands, written, qemu)?.is_empty() {
+            true => Ok(()),
+            false => Err(TrackerError::Writer(io::Error::other("it writes on"))),
         }
-        outcome
     }
 }
 
@@ -221,11 +312,27 @@ impl Tracker for HashTracker {
 
     /// Hashes everything once: no more than each cut does.
     fn prepare_part(&mut self, memory: &GuestMemory) -> Result<bool, TrackerError> {
-        self.collect(memory, &mut PageSet::new(memory.layout()))?;
+        self.compare(memory, &mut PageSet::new(memory.layout()))?;
         Ok(true)
     }
 
-    fn collect(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError> {
+    fn collect(
+        &mut self,
+        memory: &GuestMemory,
+        written: &mut PageSet,
+        qemu: &mut dyn Writer,
+    ) -> Result<(), TrackerError> {
+        qemu.wait().map_err(TrackerError::Writer)?;
+        self.compare(memory, written)
+    }
+
+    fn live_reads(&self) -> Option<LiveReads> {
+        Some(self.live_reads.clone())
+    }
+}
+
+impl HashTracker {
+    fn compare(&mut self, memory: &GuestMemory, written: &mut PageSet) -> Result<(), TrackerError> {
         let hashes = &mut self.hashes;
         let live_reads = self.live_reads.take();
         let mut inserted = Ok(false);
@@ -239,10 +346,6 @@ impl Tracker for HashTracker {
         })?;
         inserted?;
         Ok(())
-    }
-
-    fn live_reads(&self) -> Option<LiveReads> {
-        Some(self.live_reads.clone())
     }
 }
 
@@ -264,7 +367,7 @@ mod tests {
             let shares = shares(&memory, hands);
             assert!((1..=hands).contains(&shares.len()));
             let longest = shares.iter().map(|share| share.iter().map(|s| s.len).sum::<u64>()).max().unwrap();
-            assert!(longest <= lens.iter().sum::<u64>() / hands as u64 + 2 * SCAN_ALIGN_BYTES, "{hands}: {longest}");
+            assert!(longest <= lens.iter().sum::<u64>() / hands as u64 + 2 * PAGE_TABLE_BYTES, "{hands}: {longest}");
             let mut covered = shares.into_iter().flatten();
             let mut next = covered.next();
             for (block, address, len) in memory.ranges() {
@@ -294,7 +397,7 @@ mod tests {
         assert!(tracker.prepare_part(&memory).unwrap());
         let written = |tracker: &mut HashTracker| {
             let mut written = PageSet::new(memory.layout());
-            tracker.collect(&memory, &mut written).unwrap();
+            tracker.compare(&memory, &mut written).unwrap();
             written.iter().collect::<Vec<_>>()
         };
         let read = || memory.read([page(1), page(3)].into_iter(), PageBatch::new()).unwrap();

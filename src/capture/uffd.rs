@@ -118,6 +118,11 @@ impl WriteTracker {
         Self::new(fd, std::process::id() as i32, mode)
     }
 
+    /// The other process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     fn with(uffd: Arc<OwnedFd>, pid: i32, mode: ProtectMode) -> io::Result<Self> {
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         Ok(Self { uffd, pid, pagemap, regions: vec![PageRegion::default(); REGIONS_PER_CALL], mode })
@@ -139,10 +144,25 @@ impl WriteTracker {
     ///
     /// The guest must be stopped with its I/O drained: a page that was pinned for I/O before it is protected takes
     /// its data without a fault.
-    pub fn collect(&mut self, start: u64, len: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
-        let flags = match self.mode {
-            ProtectMode::Combined => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-            ProtectMode::TwoStep => PM_SCAN_CHECK_WPASYNC,
+    pub fn collect(&mut self, start: u64, len: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
+        self.walk(start, len, Some(self.mode), found)
+    }
+
+    /// The same, but they go on counting as written: this interrupts no processor.
+    pub fn look(&mut self, start: u64, len: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
+        self.walk(start, len, None, found)
+    }
+
+    fn walk(
+        &mut self,
+        start: u64,
+        len: u64,
+        protect: Option<ProtectMode>,
+        mut found: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let flags = match protect {
+            Some(ProtectMode::Combined) => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            Some(ProtectMode::TwoStep) | None => PM_SCAN_CHECK_WPASYNC,
         };
         let (mut at, end) = (start, start + len);
         while at < end {
@@ -162,7 +182,7 @@ impl WriteTracker {
             };
             let count = ioctl(&self.pagemap, PAGEMAP_SCAN, &mut request)? as usize;
             for region in &self.regions[..count.min(REGIONS_PER_CALL)] {
-                if self.mode == ProtectMode::TwoStep {
+                if protect == Some(ProtectMode::TwoStep) {
                     self.protect(region.start, region.end - region.start)?;
                 }
                 found(region.start, region.end);
@@ -248,6 +268,10 @@ mod tests {
             }
             let mut pages = vec![];
             let to_page = |at: u64| (at - base) / 4096;
+            for _ in 0..2 {
+                tracker.look(base, len as u64, |s, e| pages.extend(to_page(s)..to_page(e))).unwrap();
+                assert_eq!(std::mem::take(&mut pages), [3, 4, 17], "{mode:?}: looking changes nothing");
+            }
             tracker.collect(base, len as u64, |s, e| pages.extend(to_page(s)..to_page(e))).unwrap();
             assert_eq!(pages, [3, 4, 17], "{mode:?}");
             pages.clear();

@@ -115,7 +115,7 @@ impl Capturing {
     }
 
     fn take_cut(&mut self, captured: Captured, epochs: &mut EpochNumbers) {
-        let Captured { dirty, pages, extras, device_state, at, held, scan, copy, mappings, mark } = captured;
+        let Captured { dirty, pages, extras, device_state, at, held, scan, copy, worked, mappings, mark } = captured;
         tracing::trace!(guest = self.guest, pages = pages.len(), ?scan, ?copy, ?held, "cut");
         self.totals.dirty.record(dirty.len());
         self.totals.searches.record(scan.as_micros() as u64);
@@ -148,7 +148,7 @@ impl Capturing {
         let coding_us = began.elapsed().as_micros() as u64;
         self.step(SourceEvent::Paced { coding_us, interval_us: self.pacing.interval().as_micros() as u64 });
         let peers = self.source.peer_views(self.now()).len();
-        self.pacing.cut(held, scan + copy, self.source.totals().wire_bytes, peers);
+        self.pacing.cut(held, worked, self.source.totals().wire_bytes, peers);
         if let Some(final_cut) = &mut self.final_cut {
             final_cut.was_cut(epoch);
         }
