@@ -214,7 +214,7 @@ pub struct CaptureStats {
     /// Newest epoch that was cut.
     pub epoch: u64,
     pub pause_us: Percentiles,
-    /// Of the pauses: finding the written pages, for which QEMU waits, and copying them, while it writes its state.
+    /// Of the pauses: finding the written pages, as far as QEMU waited for it, and copying them, while it writes its state.
     #[serde(default)]
     pub search_us: Percentiles,
     #[serde(default)]

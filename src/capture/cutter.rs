@@ -5,8 +5,10 @@
 //! agent                                   QEMU
 //! guard.begin ----------------------------------------> (guard: from now on at most `bound`)
 //! xen-save-devices-state -- libvirt -->   stops the vCPUs, drains I/O
-//!                        <-- pipe -----   writes the state, waits: the pipe holds one page
-//! find written pages, by several threads  (waits)
+//!                        <-- inotify --   opens the pipe
+//! find written pages, by several threads  makes its first 32 KiB of state
+//!                        <-- pipe -----   writes them, waits: the pipe holds one page
+//! find and protect the rest of them       (waits)
 //! widen the pipe, copy the pages          goes on with the state, waits again before its end
 //! read the pipe until QEMU has closed it  closes it, starts the guest
 //! guard.has_fired ------------------------------------> void if it fired; if not, the cut is there
@@ -222,9 +224,13 @@ impl Cutter {
     ) -> Result<Self, CutError> {
         let slot = guard.watch(pipe.read_end.as_fd(), memory.pid())?;
         let monitor = MonitorThread::start(call).map_err(CutError::Pipe)?;
-        let openings = Openings::of(&pipe)
-            .inspect_err(|error| tracing::warn!(%error, "no inotify instance is left (fs.inotify.max_user_instances): pauses are a little longer"))
-            .ok();
+        let openings = match Openings::of(&pipe) {
+            Ok(openings) => Some(openings),
+            Err(error) => {
+                tracing::warn!(%error, "inotify does not watch QEMU's pipe; pauses are a little longer");
+                None
+            }
+        };
         let news = news_of(&pipe, &monitor, openings.as_ref()).map_err(|error| CutError::Pipe(error.into()))?;
         let carried = PageSet::new(memory.layout());
         let hands = crew::hands_for(memory.layout().total_bytes(), COPY_LEAST_BYTES);

@@ -416,4 +416,70 @@ mod tests {
         live_reads.note(&read());
         assert_eq!(written(&mut tracker), [page(3)], "one of two readers has something else");
     }
+
+    /// A QEMU that waits after so many glances, and writes a page itself before.
+    struct Busy<'a> {
+        glances: u32,
+        own_write: &'a dyn Fn(),
+    }
+
+    impl Writer for Busy<'_> {
+        fn waits(&mut self) -> bool {
+            self.glances = self.glances.saturating_sub(1);
+            self.glances == 0
+        }
+
+        fn wait(&mut self) -> io::Result<()> {
+            (self.own_write)();
+            self.glances = 0;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn whenever_qemu_begins_to_wait_each_write_is_found_once() {
+        let pages: usize = 8 * 512;
+        // SAFETY: a fresh anonymous mapping, which stays until the process ends.
+        let map = unsafe {
+            let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let map = libc::mmap(std::ptr::null_mut(), pages * PAGE_SIZE, access, kind, -1, 0);
+            assert_ne!(map, libc::MAP_FAILED);
+            libc::madvise(map, pages * PAGE_SIZE, libc::MADV_NOHUGEPAGE);
+            map.cast::<u8>()
+        };
+        let write = |page: usize| {
+            // SAFETY: inside the mapping.
+            unsafe { map.add(page * PAGE_SIZE).write_volatile(1) }
+        };
+        let layout = RamLayout::new(vec![RamBlock { name: "ram".into(), len_bytes: (pages * PAGE_SIZE) as u64 }]);
+        let memory =
+            GuestMemory::new(std::process::id() as i32, Arc::new(layout.unwrap()), vec![map.addr() as u64]).unwrap();
+        for mode in [ProtectMode::Combined, ProtectMode::TwoStep] {
+            let tracker = WriteTracker::of_this_process(mode).unwrap();
+            tracker.register(map.addr() as u64, (pages * PAGE_SIZE) as u64).unwrap();
+            let mut other = tracker.another().unwrap();
+            let work = move |pieces: Arc<Pieces>| scan(&mut other, &pieces, || ());
+            let mut tracker = UserfaultTracker { tracker, crew: Crew::start("test", [work]).unwrap(), prepared: 0 };
+            while !tracker.prepare_part(&memory).unwrap() {}
+            for glances in 0..12 {
+                let mut found = |own_write: &dyn Fn()| {
+                    let mut written = PageSet::new(memory.layout());
+                    tracker.collect(&memory, &mut written, &mut Busy { glances, own_write }).unwrap();
+                    written.iter().map(|page| page.page.get() as usize).collect::<Vec<_>>()
+                };
+                // From one page table into the next, and one alone.
+                let by_guest = [0, 3, 500, 511, 512, 513, 1_030, 4_095];
+                by_guest.into_iter().for_each(write);
+                let (between, alone) = (100, 2_000);
+                let now = found(&|| [between, alone].into_iter().for_each(write));
+                let later = found(&|| ());
+                let mut all = [now.clone(), later].concat();
+                all.sort_unstable();
+                let expected = [0, 3, between, 500, 511, 512, 513, 1_030, alone, 4_095];
+                assert_eq!(all, expected, "{mode:?}, waits after {glances}: nothing lost, nothing twice");
+                assert!(by_guest.iter().all(|page| now.contains(page)), "{mode:?}, waits after {glances}: {now:?}");
+                assert_eq!(found(&|| ()), [0_usize; 0]);
+            }
+        }
+    }
 }
