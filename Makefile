@@ -76,7 +76,8 @@ install: build docs
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 target/docs/man/*.8
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/docs/completions/virt-shadow
 	install -Dm755 src/integrations/libvirt/virt-shadow-hook $(DESTDIR)/etc/libvirt/hooks/qemu.d/virt-shadow
-	install -Dm644 src/integrations/systemd/virtshadowd.service $(DESTDIR)/lib/systemd/system/virtshadowd.service
+	sed 's|^ExecStart=/usr/|ExecStart=$(PREFIX)/|' src/integrations/systemd/virtshadowd.service | \
+	install -Dm644 /dev/stdin $(DESTDIR)/lib/systemd/system/virtshadowd.service
 
 clean:
 	@$(CARGO) clean
