@@ -36,6 +36,7 @@ use super::guard::{Guard, GuardError, Slot};
 use super::memory::{GuestMemory, MemoryError};
 use super::pipe::{Openings, StatePipe, WIDE_PIPE_BYTES, Writing};
 use super::priority;
+use super::spares::Spares;
 use super::tracker::{LiveReads, Tracker, TrackerError, Writer};
 use crate::disk::{DiskProblem, DiskSet};
 
@@ -145,6 +146,7 @@ pub struct Cutter {
     carried: PageSet,
     bound: Duration,
     copiers: Copiers,
+    spares: Spares,
     /// How many pages the next cut will bring, roughly.
     pages_hint: usize,
     state_bytes_hint: usize,
@@ -188,17 +190,21 @@ fn copy_pages(
     memory: &GuestMemory,
     copiers: &mut Copiers,
     pages: Vec<PageAddr>,
-    spare: PageBatch,
+    spares: Vec<PageBatch>,
 ) -> Result<Vec<PageBatch>, CutError> {
-    let hands = crew::worth((pages.len() * PAGE_SIZE) as u64, COPY_LEAST_BYTES).min(copiers.len() + 1);
+    let hands = copying_hands(copiers, pages.len());
+    let mut spares = spares.into_iter();
     if hands == 1 {
-        return Ok(vec![memory.read(pages.into_iter(), spare)?]);
+        return Ok(vec![memory.read(pages.into_iter(), spares.next().unwrap_or_default())?]);
     }
-    let mut spare = Some(spare);
-    let part = |pages: &[PageAddr]| (pages.to_vec(), spare.take().unwrap_or_default());
+    let part = |pages: &[PageAddr]| (pages.to_vec(), spares.next().unwrap_or_default());
     let parts: Vec<_> = pages.chunks(pages.len().div_ceil(hands)).map(part).collect();
     let copied = copiers.run(parts, |(pages, spare)| memory.read(pages.into_iter(), spare));
     copied.into_iter().map(|part| Ok(part??)).collect()
+}
+
+fn copying_hands(copiers: &Copiers, pages: usize) -> usize {
+    crew::worth((pages * PAGE_SIZE) as u64, COPY_LEAST_BYTES).min(copiers.len() + 1)
 }
 
 /// Less is not worth waking a thread for.
@@ -250,6 +256,7 @@ impl Cutter {
             carried,
             bound,
             copiers,
+            spares: Spares::default(),
             pages_hint: 0,
             state_bytes_hint: 64 << 10,
             ending: None,
@@ -296,6 +303,11 @@ impl Cutter {
         Ok(ready)
     }
 
+    /// Takes back the pages of a former cut that are needed no longer: their memory serves a later one.
+    pub fn give_back(&mut self, pages: PageBatch) {
+        self.spares.give(pages);
+    }
+
     /// Cuts within `bound`, and reads the contents of `extras` besides the written pages.
     pub fn cut(&mut self, extras: &PageSet, bound: Duration) -> Result<Captured, CutError> {
         let memory = self.memory.clone();
@@ -304,7 +316,9 @@ impl Cutter {
         let (mut scan, mut copy, mut worked) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
         let (at_stop, mut mark) = (self.at_stop.clone(), None);
         // Room for the pages is made before the guest stops, for about as many as last time.
-        let mut spare = PageBatch::with_capacity(self.pages_hint);
+        let hands = copying_hands(&self.copiers, self.pages_hint);
+        let rooms = std::iter::once(self.pages_hint).chain((1..hands).map(|_| self.pages_hint.div_ceil(hands)));
+        let mut spares: Vec<_> = rooms.map(|pages| self.spares.take(pages)).collect();
         let mut copiers = std::mem::take(&mut self.copiers);
         let mut for_later = None;
         let work = |tracker: &mut dyn Tracker, carried: &mut PageSet, qemu: &mut Writing| {
@@ -326,7 +340,7 @@ impl Cutter {
             }
             for_later = Held::hold(&memory, &dirty);
             let in_ram = dirty.iter().filter(|page| !memory.is_disk(*page)).collect();
-            parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spare))?;
+            parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spares))?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             (copy, worked) = (found_at.elapsed(), began.elapsed());
             Ok(())
@@ -337,7 +351,7 @@ impl Cutter {
         let Stopped { device_state, at, held } = outcome?;
         let mappings = mappings.ok_or_else(|| CutError::DeviceState("nothing was captured meanwhile".into()))??;
         // The guest runs again, and writes to its disks.
-        let of_disks = match for_later {
+        let mut of_disks = match for_later {
             Some(_) => memory.read(dirty.iter().filter(|page| memory.is_disk(*page)), PageBatch::new())?,
             None => PageBatch::new(),
         };
@@ -345,9 +359,12 @@ impl Cutter {
         self.carried.clear();
         let mut parts = parts.into_iter();
         let mut pages = parts.next().unwrap_or_default();
-        parts.for_each(|part| pages.append(part));
+        parts.for_each(|mut part| {
+            pages.append(&mut part);
+            self.spares.give(part);
+        });
         self.pages_hint = pages.len() + pages.len() / 4;
-        pages.append(of_disks);
+        pages.append(&mut of_disks);
         Ok(Captured { dirty, pages, extras: extra_pages, device_state, at, held, scan, copy, worked, mappings, mark })
     }
 

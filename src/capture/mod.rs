@@ -10,5 +10,6 @@ pub mod inject;
 pub mod memory;
 pub mod pipe;
 pub mod priority;
+mod spares;
 pub mod tracker;
 pub mod uffd;

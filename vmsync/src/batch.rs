@@ -1,5 +1,7 @@
 //! Page contents as drivers hand them over: addresses, and one contiguous buffer of their pages.
 
+use std::mem::MaybeUninit;
+
 use crate::units::{PAGE_SIZE, Page, PageAddr};
 
 /// Addresses and contents of pages, in the order they were read.
@@ -46,8 +48,18 @@ impl PageBatch {
         self.bytes.extend_from_slice(page);
     }
 
-    /// Adds what `other` holds.
-    pub fn append(&mut self, mut other: Self) {
+    /// Pages there is room for without another allocation.
+    pub fn room(&self) -> usize {
+        self.bytes.capacity() / PAGE_SIZE
+    }
+
+    /// The room for pages that are not there yet.
+    pub fn spare_bytes(&mut self) -> &mut [MaybeUninit<u8>] {
+        self.bytes.spare_capacity_mut()
+    }
+
+    /// Adds what `other` holds, and leaves it empty.
+    pub fn append(&mut self, other: &mut Self) {
         self.addrs.append(&mut other.addrs);
         self.bytes.append(&mut other.bytes);
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use vmsync::batch::PageBatch;
 use vmsync::page_set::PageSet;
 
 use crate::capture::cutter::{Captured, CutError, Cutter};
@@ -13,7 +14,7 @@ use crate::capture::priority;
 /// What the thread can be told.
 enum Order {
     Prepare,
-    Cut { extras: PageSet, bound: Duration },
+    Cut { extras: PageSet, bound: Duration, spent: PageBatch },
     Collect,
     SetGuard(Arc<Guard>),
 }
@@ -40,7 +41,10 @@ impl CutThread {
             while let Ok(order) = received.recv() {
                 match order {
                     Order::Prepare => answer(CutAnswer::Prepared(cutter.prepare())),
-                    Order::Cut { extras, bound } => answer(CutAnswer::Cut(Box::new(cutter.cut(&extras, bound)))),
+                    Order::Cut { extras, bound, spent } => {
+                        cutter.give_back(spent);
+                        answer(CutAnswer::Cut(Box::new(cutter.cut(&extras, bound))));
+                    }
                     Order::Collect => answer(CutAnswer::Collected(cutter.collect())),
                     Order::SetGuard(guard) => cutter.set_guard(guard),
                 }
@@ -58,9 +62,9 @@ impl CutThread {
         let _ = self.orders.send(Order::Prepare);
     }
 
-    /// `bound`: for this cut, instead of the usual one.
-    pub fn cut(&self, extras: PageSet, bound: Duration) {
-        let _ = self.orders.send(Order::Cut { extras, bound });
+    /// `bound`: for this cut, instead of the usual one. `spent`: pages of a former one that are needed no longer.
+    pub fn cut(&self, extras: PageSet, bound: Duration, spent: PageBatch) {
+        let _ = self.orders.send(Order::Cut { extras, bound, spent });
     }
 
     pub fn collect(&self) {

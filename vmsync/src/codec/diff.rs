@@ -274,7 +274,15 @@ pub(super) fn take_varint(bytes: &mut &[u8], max_bytes: usize) -> Option<usize> 
 }
 
 /// Reads one run: the bytes skipped before it, its length, and whether another one follows.
+#[inline]
 fn take_run(runs: &mut &[u8], varint_bytes: usize) -> Option<(usize, usize, bool)> {
+    // Both are mostly of one byte.
+    if let [skip, len, rest @ ..] = *runs
+        && skip | len < 0x80
+    {
+        *runs = rest;
+        return Some((usize::from(*skip), usize::from(*len / 2) + 1, len % 2 == 1));
+    }
     let skip = take_varint(runs, varint_bytes)?;
     let len = take_varint(runs, varint_bytes)?;
     Some((skip, len / 2 + 1, len % 2 == 1))

@@ -18,6 +18,9 @@ use crate::units::{BlockIndex, PAGE_SIZE, Page, PageAddr};
 
 /// Level at which streams of changes are compressed. They are short, and the link may be long.
 const CHANGES_LEVEL: i32 = -1;
+/// The same where they are few, of which the link has little to carry as they are; and up to how many bytes a page that is.
+const SPARSE_LEVEL: i32 = -5;
+const SPARSE_PAGE_BYTES: usize = 128;
 /// What the other streams are made of repeats less than pages do; zstd gains little by looking closer.
 const RECORDS_FASTER: i32 = 4;
 /// The streams of words at fast levels: tags and literals are little more than coded by their frequencies (see
@@ -207,7 +210,11 @@ impl FrameWriter {
         out.extend_from_slice(&changes.tags);
         changes.addresses.extend_from_slice(&changes.runs);
         changes.addresses.extend_from_slice(&changes.data);
-        let packer = self.packers.as_mut().map(|packers| &mut packers.changes);
+        let is_sparse = streams <= usize::from(changes.pages) * SPARSE_PAGE_BYTES;
+        let packer = self.packers.as_mut().map(|packers| match is_sparse {
+            true => &mut packers.sparse,
+            false => &mut packers.changes,
+        });
         let packer = packer.filter(|_| streams >= WORTH_PACKING_BYTES);
         if append(&mut out, &changes.addresses, packer, &mut self.scratch) < streams {
             out[1] = ZSTD;
@@ -251,13 +258,15 @@ struct Packers {
     /// Tags, indexes, literals.
     words: [Packer; 3],
     changes: Packer,
+    sparse: Packer,
 }
 
 impl Packers {
     fn new(level: i32) -> std::io::Result<Self> {
         let packer = || Packer::new(level);
         let words = [packer()?, packer()?, packer()?];
-        let mut packers = Self { pages: packer()?, records: packer()?, words, changes: Packer::new(CHANGES_LEVEL)? };
+        let (changes, sparse) = (Packer::new(CHANGES_LEVEL)?, Packer::new(SPARSE_LEVEL)?);
+        let mut packers = Self { pages: packer()?, records: packer()?, words, changes, sparse };
         // Without these codes, zstd would leave literals as they are at its fast levels. Older ones do.
         let [tags, _, literals] = &mut packers.words;
         for packer in [tags, literals] {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::catch_up::messages;
 use super::peer::{InFlight, Peer, Phase};
 use super::{Cut, CutPlan, Source, SourceAlarm, SourceEffect};
+use crate::batch::PageBatch;
 use crate::codec::{FETCH_AHEAD, PageFate};
 use crate::device_state::{DeviceState, MAX_DEVICE_STATE_BYTES};
 use crate::hashes::hash_page;
@@ -83,6 +84,11 @@ impl Source {
         self.verify_pump(effects);
     }
 
+    /// The pages of the last cut, which are needed no longer: a driver may use their memory again.
+    pub fn take_spent(&mut self) -> PageBatch {
+        std::mem::take(&mut self.spent)
+    }
+
     pub(super) fn cut(&mut self, now: Millis, cut: Cut, effects: &mut Vec<SourceEffect>) -> Result<(), SourceAlarm> {
         let covered = self.check(&cut)?;
         self.last_epoch = cut.epoch;
@@ -115,6 +121,7 @@ impl Source {
         }
         self.verify_cut(now, &cut, &takers, effects);
         self.pump_all(effects);
+        self.spent = cut.pages;
         Ok(())
     }
 

@@ -311,6 +311,8 @@ pub struct Source {
     next_read: u64,
     verify: Option<Verify>,
     totals: SourceTotals,
+    /// Pages of the last cut, for their memory.
+    spent: PageBatch,
 }
 
 impl Source {
@@ -348,6 +350,7 @@ impl Source {
             next_read: 0,
             verify: None,
             totals: SourceTotals::default(),
+            spent: PageBatch::new(),
             config,
         })
     }

@@ -47,7 +47,7 @@ impl Capturing {
             }
             CutPlan::Cut { extras } => {
                 self.cutting_since = Some(now);
-                self.cuts.cut(extras, self.cut_bound);
+                self.cuts.cut(extras, self.cut_bound, self.source.take_spent());
             }
         }
     }
@@ -73,7 +73,7 @@ impl Capturing {
         match self.source.cut_plan() {
             CutPlan::Cut { extras } if self.cutting_since.is_none() && self.is_ready() => {
                 self.cutting_since = Some(Instant::now());
-                self.cuts.cut(extras, self.context.watchdog);
+                self.cuts.cut(extras, self.context.watchdog, self.source.take_spent());
                 true
             }
             _ => false,

@@ -8,7 +8,7 @@ use vmsync::{PAGE_SIZE, Page, PageAddr, RamLayout};
 
 use super::recording::{Recording, staged};
 use super::{Measured, cpu_s};
-use crate::capture::advice::huge_pages;
+use crate::capture::advice::{huge_pages, in_place};
 
 /// Codes all epochs, decodes and applies them, and compares what came out.
 pub(super) fn pass(recording: &Recording, budget: MirrorBudget, level: i32) -> Measured {
@@ -17,10 +17,14 @@ pub(super) fn pass(recording: &Recording, budget: MirrorBudget, level: i32) -> M
     encoder.set_advice(huge_pages);
     encoder.set_mirror(budget);
     let mut shadow = Shadow::new(recording);
-    let mut buffer = Vec::new();
+    // As the agent has it for the pages of its cuts; the first epoch, all of memory, is read in parts there.
+    let longest = recording.epochs[1..].iter().map(|epoch| epoch.pages.bytes().len()).max();
+    let (mut buffer, mut first) = (Vec::with_capacity(longest.unwrap_or(0)), Vec::new());
+    in_place(buffer.spare_capacity_mut());
     for (i, epoch) in recording.epochs.iter().enumerate() {
         let mut frames = Vec::new();
-        let pages = staged(epoch, &mut buffer);
+        let buffer = if i == 0 { &mut first } else { &mut buffer };
+        let pages = staged(epoch, buffer);
         let encode_s = cpu_s(|| {
             encoder.begin_cut();
             let mut soon = pages.iter().skip(FETCH_AHEAD);
@@ -33,7 +37,7 @@ pub(super) fn pass(recording: &Recording, budget: MirrorBudget, level: i32) -> M
         // As they came off a connection.
         let received = frames.clone();
         let decode_s = cpu_s(|| shadow.receive(received));
-        buffer = pages.into_parts().1;
+        *buffer = pages.into_parts().1;
         if i > 0 {
             measured.encode_s += encode_s;
             measured.decode_s += decode_s;
