@@ -37,7 +37,7 @@ const CANDIDATES: [u8; 29] =
 /// Lines that are looked at to judge a page: not all at one place of records of 128, 192 or 256 bytes.
 pub(super) const JUDGED_LINES: [usize; 8] = [8, 15, 22, 29, 36, 43, 50, 57];
 /// Of the bytes of these lines so many must be equal to those a stride before them.
-const EQUAL_LEAST: u32 = 344;
+const EQUAL_LEAST: u32 = 360;
 /// With so many it is not worth it to look for a better stride than that of the page before.
 const EQUAL_MOST: u32 = 448;
 

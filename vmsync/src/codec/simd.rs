@@ -153,6 +153,9 @@ pub(super) fn fetch_bytes(bytes: &[u8]) {
 
 /// The same for these lines of a page, a bit each.
 pub fn fetch_lines(page: &Page, mut lines: u64) {
+    if lines == u64::MAX {
+        return fetch_bytes(page);
+    }
     while lines != 0 {
         let line = lines.trailing_zeros() as usize % LINES;
         lines &= lines - 1;

@@ -25,7 +25,7 @@ const SPARSE_PAGE_BYTES: usize = 128;
 const RECORDS_FASTER: i32 = 4;
 /// The streams of words at fast levels: tags and literals are little more than coded by their frequencies (see
 /// [`Packers::new`]), only indexes repeat in longer runs.
-const WORDS_LEVELS: [i32; 3] = [-20, -3, -2000];
+const WORDS_LEVELS: [i32; 3] = [-20, -2, -2000];
 /// At others.
 const WORDS_LEVEL_SLOW: i32 = -1;
 /// Streams shorter than this are not worth zstd's own header.
