@@ -21,6 +21,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -128,7 +129,28 @@ struct News {
     answered: bool,
 }
 
-type Copiers = Crew<(Vec<PageAddr>, PageBatch), Result<PageBatch, MemoryError>>;
+type Copiers = Crew<(Arc<ToCopy>, PageBatch), Result<PageBatch, MemoryError>>;
+
+/// Pages that threads share among them as they go: QEMU, which writes its state meanwhile, has the processor of one.
+struct ToCopy {
+    pages: Vec<PageAddr>,
+    next: AtomicUsize,
+}
+
+impl ToCopy {
+    /// They take some 50 us, and are two system calls at most.
+    const PIECE_PAGES: usize = 64;
+
+    /// What one thread takes of them, into `batch`.
+    fn copy(&self, memory: &GuestMemory, mut batch: PageBatch) -> Result<PageBatch, MemoryError> {
+        batch.clear();
+        loop {
+            let first = self.next.fetch_add(Self::PIECE_PAGES, Ordering::Relaxed);
+            let Some(rest) = self.pages.get(first..).filter(|rest| !rest.is_empty()) else { return Ok(batch) };
+            batch = memory.read_more(rest.iter().take(Self::PIECE_PAGES).copied(), batch)?;
+        }
+    }
+}
 
 /// Cuts one guest.
 pub struct Cutter {
@@ -185,7 +207,7 @@ impl Drop for Held<'_> {
     }
 }
 
-/// The contents of `pages`, in parts whose order is theirs.
+/// The contents of `pages`, in parts that each go upwards.
 fn copy_pages(
     memory: &GuestMemory,
     copiers: &mut Copiers,
@@ -197,9 +219,9 @@ fn copy_pages(
     if hands == 1 {
         return Ok(vec![memory.read(pages.into_iter(), spares.next().unwrap_or_default())?]);
     }
-    let part = |pages: &[PageAddr]| (pages.to_vec(), spares.next().unwrap_or_default());
-    let parts: Vec<_> = pages.chunks(pages.len().div_ceil(hands)).map(part).collect();
-    let copied = copiers.run(parts, |(pages, spare)| memory.read(pages.into_iter(), spare));
+    let to_copy = Arc::new(ToCopy { pages, next: AtomicUsize::new(0) });
+    let parts = (0..hands).map(|_| (Arc::clone(&to_copy), spares.next().unwrap_or_default())).collect();
+    let copied = copiers.run(parts, |(to_copy, spare)| to_copy.copy(memory, spare));
     copied.into_iter().map(|part| Ok(part??)).collect()
 }
 
@@ -240,8 +262,7 @@ impl Cutter {
         let news = news_of(&pipe, &monitor, openings.as_ref()).map_err(|error| CutError::Pipe(error.into()))?;
         let carried = PageSet::new(memory.layout());
         let hands = crew::hands_for(memory.layout().total_bytes(), COPY_LEAST_BYTES);
-        let copy =
-            |memory: GuestMemory| move |(pages, spare): (Vec<PageAddr>, _)| memory.read(pages.into_iter(), spare);
+        let copy = |memory: GuestMemory| move |(to_copy, spare): (Arc<ToCopy>, _)| to_copy.copy(&memory, spare);
         let copiers = Crew::start("copier", (1..hands).map(|_| copy(memory.clone()))).map_err(CutError::Pipe)?;
         Ok(Self {
             guard,
@@ -317,7 +338,9 @@ impl Cutter {
         let (at_stop, mut mark) = (self.at_stop.clone(), None);
         // Room for the pages is made before the guest stops, for about as many as last time.
         let hands = copying_hands(&self.copiers, self.pages_hint);
-        let rooms = std::iter::once(self.pages_hint).chain((1..hands).map(|_| self.pages_hint.div_ceil(hands)));
+        // One may do much more than the others; the first one's takes in all of them in the end.
+        let others = self.pages_hint / hands / 2 * 3;
+        let rooms = std::iter::once(self.pages_hint).chain((1..hands).map(|_| others));
         let mut spares: Vec<_> = rooms.map(|pages| self.spares.take(pages)).collect();
         let mut copiers = std::mem::take(&mut self.copiers);
         let mut for_later = None;

@@ -87,10 +87,14 @@ impl GuestMemory {
     }
 
     /// The contents of `pages`; neighbours are read as one range. `spare` gives its buffers.
-    pub fn read(&self, pages: impl Iterator<Item = PageAddr>, spare: PageBatch) -> Result<PageBatch, MemoryError> {
-        let (mut addrs, mut bytes) = spare.into_parts();
-        addrs.clear();
-        bytes.clear();
+    pub fn read(&self, pages: impl Iterator<Item = PageAddr>, mut spare: PageBatch) -> Result<PageBatch, MemoryError> {
+        spare.clear();
+        self.read_more(pages, spare)
+    }
+
+    /// The same, behind those that `batch` has.
+    pub fn read_more(&self, pages: impl Iterator<Item = PageAddr>, batch: PageBatch) -> Result<PageBatch, MemoryError> {
+        let (mut addrs, mut bytes) = batch.into_parts();
         let mut ranges: Vec<libc::iovec> = Vec::with_capacity(RANGES_PER_CALL);
         let mut pages = pages.peekable();
         while let Some(page) = pages.next() {
