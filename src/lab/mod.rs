@@ -59,6 +59,8 @@ use crate::config::Transport;
 use crate::packet::parse_mac;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A guest's first connection by IPv6.
+const IPV6_WITHIN: Duration = Duration::from_secs(30);
 /// Of a guest that boots: TCP itself would try again only after a second.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
 const CONNECT_POLL: Duration = Duration::from_millis(20);
@@ -295,7 +297,14 @@ impl Lab {
         let interface = namespace::enable_ipv6(&self.name, CLIENT)?;
         let addr = SocketAddrV6::new(namespace::link_local(mac), GUEST_PORT, 0, interface);
         let netns = namespace::netns_path(&self.name, CLIENT);
-        client::connect_in(&netns, addr.into(), CONNECT_TIMEOUT).map(GuestClient::new)
+        // On a busy machine a guest that has just booted may still be at seeing that nobody else has its address.
+        let give_up_at = Instant::now() + IPV6_WITHIN;
+        loop {
+            match client::connect_in(&netns, addr.into(), CONNECT_TIMEOUT) {
+                Err(_) if Instant::now() < give_up_at => std::thread::sleep(CONNECT_POLL),
+                connected => return connected.map(GuestClient::new),
+            }
+        }
     }
 
     /// A TCP connection from the client's place in the network.
