@@ -207,15 +207,16 @@ impl Drop for Held<'_> {
     }
 }
 
-/// The contents of `pages`, in parts that each go upwards.
+/// The contents of `pages`, in parts that each go upwards; each takes the first of `spares` that is left. To free what is
+/// not needed would take time of the pause.
 fn copy_pages(
     memory: &GuestMemory,
     copiers: &mut Copiers,
     pages: Vec<PageAddr>,
-    spares: Vec<PageBatch>,
+    spares: &mut Vec<PageBatch>,
 ) -> Result<Vec<PageBatch>, CutError> {
     let hands = copying_hands(copiers, pages.len());
-    let mut spares = spares.into_iter();
+    let mut spares = spares.drain(..hands.min(spares.len()));
     if hands == 1 {
         return Ok(vec![memory.read(pages.into_iter(), spares.next().unwrap_or_default())?]);
     }
@@ -363,7 +364,7 @@ impl Cutter {
             }
             for_later = Held::hold(&memory, &dirty);
             let in_ram = dirty.iter().filter(|page| !memory.is_disk(*page)).collect();
-            parts = copy_pages(&memory, &mut copiers, in_ram, std::mem::take(&mut spares))?;
+            parts = copy_pages(&memory, &mut copiers, in_ram, &mut spares)?;
             extra_pages = memory.read(extras.iter().filter(|page| !dirty.contains(*page)), PageBatch::new())?;
             (copy, worked) = (found_at.elapsed(), began.elapsed());
             Ok(())
@@ -371,6 +372,8 @@ impl Cutter {
         let mut mappings = None;
         let outcome = self.stopped(bound, work, || mappings = Some(memory.mappings_digest()));
         self.copiers = copiers;
+        // Those that were not needed, or nothing came of it.
+        spares.into_iter().for_each(|spare| self.spares.give(spare));
         let Stopped { device_state, at, held } = outcome?;
         let mappings = mappings.ok_or_else(|| CutError::DeviceState("nothing was captured meanwhile".into()))??;
         // The guest runs again, and writes to its disks.
@@ -629,6 +632,7 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::io::Write;
+    use vmsync::{RamBlock, RamLayout};
 
     #[test]
     fn what_may_wait_in_the_pipe_is_less_than_the_state() {
@@ -638,6 +642,25 @@ mod tests {
             assert!(room == PAGE_SIZE || (room + spare) * 4 <= len * 3, "{room} and {spare} of {len}");
         }
         assert_eq!(held_bytes(149_072), (64 << 10, 46_268));
+    }
+
+    /// This process's own memory stands for the guest's.
+    #[test]
+    fn buffers_that_are_not_needed_for_a_copy_are_left() {
+        let mut own = vec![7_u8; 3 * PAGE_SIZE];
+        let skipped = own.as_ptr().addr().next_multiple_of(PAGE_SIZE) - own.as_ptr().addr();
+        own[skipped + PAGE_SIZE] = 8;
+        let layout = RamLayout::new(vec![RamBlock { name: "ram".into(), len_bytes: 2 * PAGE_SIZE as u64 }]).unwrap();
+        let address = own[skipped..].as_ptr().addr() as u64;
+        let memory = GuestMemory::new(std::process::id() as i32, Arc::new(layout), vec![address]).unwrap();
+        let pages = || vec![PageAddr::new(0, 0), PageAddr::new(0, 1)];
+        let mut spares: Vec<_> = [2, 1].map(PageBatch::with_capacity).into();
+        for left in [1, 0, 0] {
+            let parts = copy_pages(&memory, &mut Copiers::default(), pages(), &mut spares).unwrap();
+            let [part] = &parts[..] else { panic!("{} parts", parts.len()) };
+            assert_eq!((part.addrs(), part.bytes()), (&pages()[..], &own[skipped..][..2 * PAGE_SIZE]));
+            assert_eq!(spares.len(), left);
+        }
     }
 
     #[test]
