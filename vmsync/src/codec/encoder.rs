@@ -4,8 +4,8 @@
 //! dirty page --- as before, says the mirror or a hash --------------------> nothing
 //!            \-- zero, or one word throughout ----------------------------> 1 or 9 bytes
 //!            \-- few bytes differ from the mirror's ----------------------> a patch
-//!            \-- otherwise --------------------------------------------> whole
-//!                 numbers and pointers: as words; records: as such; then zstd over 64 pages, but for noise
+//!            \-- otherwise -----------------------------------------------> whole
+//!                  numbers and pointers as words, rows as records, and zstd over 64 pages; noise as it is
 //! ```
 //! [`Encoder::page`] codes against the *previous contents*: what a shadow that is in step has once everything sent
 //! before has arrived. Whoever calls it must know which shadows those are: see
@@ -178,25 +178,20 @@ impl Encoder {
 
     fn filled(&mut self, addr: PageAddr, held: Option<HeldAt>, page: &Page, word: u64) -> PageFate {
         let sum = fill_sum(word);
-        if let Some(at) = held {
+        let same = if let Some(at) = held {
             let held = self.mirror.held(at);
             let is_same = if at.filled { held.page[..8] == page[..8] } else { held.page == page };
             if !is_same {
                 *held.page = *page;
                 *held.sum = sum;
             }
-            if !at.filled {
-                self.mirror.set_filled(addr, true);
-            }
-            if is_same {
-                return PageFate::Same;
-            }
+            is_same.then_some(PageFate::Same)
         } else {
-            let is_same = self.remember(addr, page, || sum);
-            self.mirror.set_filled(addr, true);
-            if is_same {
-                return PageFate::SameByHash;
-            }
+            self.remember(addr, page, || sum).then_some(PageFate::SameByHash)
+        };
+        self.mirror.set_filled(addr, true);
+        if let Some(same) = same {
+            return same;
         }
         match word {
             0 => self.writer.zero(addr),

@@ -71,8 +71,8 @@ pub(super) struct Mirror {
 }
 
 /// What is known about a page, packed so that an untouched table needs no memory: slot + 1 (32 bits; 0: none), heat
-/// (14 bits), whether what is held is one word throughout (1 bit), whether it is shunned (1 bit), clock when it was last dirty (16 bits; it may run around, and a page then
-/// looks a little too hot).
+/// (14 bits), whether what is held is one word throughout (1 bit), whether it is shunned (1 bit), clock when it was last
+/// dirty (16 bits; it may run around, and a page then looks a little too hot).
 #[derive(Debug, Clone, Copy)]
 struct Account(u64);
 

@@ -128,22 +128,19 @@ impl FrameWriter {
 
     /// Adds a whole page; true if it does not compress.
     pub(super) fn data(&mut self, addr: PageAddr, page: &Page) -> bool {
-        if self.packers.is_some() && words::suit(page) {
+        if self.packers.is_none() {
+            self.as_it_is(addr, page);
+        } else if words::suit(page) {
             self.words.push(addr, page);
             if usize::from(self.words.entries.pages) == MAX_WHOLE_PAGES {
                 self.write_words();
             }
-            return false;
-        }
-        let noise = self.packers.is_none() || self.noise.is_noise(page);
-        if noise {
+        } else if self.noise.is_noise(page) {
             if self.noise.wants_probe() {
                 self.probe(page);
             }
-            self.plain.push(addr, page, &mut self.spare);
-            if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
-                self.frames.push(self.plain.take());
-            }
+            self.as_it_is(addr, page);
+            return true;
         } else if let Some(stride) = self.records.writer.judge(page) {
             self.records.push(addr, page, stride);
             if usize::from(self.records.entries.pages) == MAX_WHOLE_PAGES {
@@ -155,7 +152,14 @@ impl FrameWriter {
                 self.write_packed();
             }
         }
-        noise && self.packers.is_some()
+        false
+    }
+
+    fn as_it_is(&mut self, addr: PageAddr, page: &Page) {
+        self.plain.push(addr, page, &mut self.spare);
+        if usize::from(self.plain.pages) == MAX_WHOLE_PAGES {
+            self.frames.push(self.plain.take());
+        }
     }
 
     /// Ends what was begun, and gives all frames.
@@ -267,7 +271,7 @@ impl Packers {
         let words = [packer()?, packer()?, packer()?];
         let (changes, sparse) = (Packer::new(CHANGES_LEVEL)?, Packer::new(SPARSE_LEVEL)?);
         let mut packers = Self { pages: packer()?, records: packer()?, words, changes, sparse };
-        // Without these codes, zstd would leave literals as they are at its fast levels. Older ones do.
+        // At its fast levels zstd leaves literals as they are, unless told otherwise; one that refuses this packs less.
         let [tags, _, literals] = &mut packers.words;
         for packer in [tags, literals] {
             let _ = packer.set_parameter(CParameter::LiteralCompressionMode(ParamSwitch::Enable));

@@ -170,7 +170,7 @@ pub(super) fn read_words_avx512(page: &mut Page, table: &mut Table, from: PageSt
         index += of_entry.count_ones() as usize;
 
         let literal_bytes = low_8(_mm_shuffle_epi8(literal_bytes, tag));
-        let bytes = literals[literal..].first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+        let bytes = first_line(&literals[literal..]);
         let bytes = _mm512_maskz_expand_epi8(literal_bytes, bytes);
         literal += literal_bytes.count_ones() as usize;
         // Known before the table is read: lines wait for what they need from former ones, not for where it is.
@@ -225,11 +225,10 @@ pub(super) fn read_records_avx512(
     let mut masks = masks.iter();
     for line in 0..LINES {
         let at = STRIDE_MAX + line * LINE_BYTES;
-        let mut bytes =
-            window[at - stride..].first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+        let mut bytes = first_line(&window[at - stride..]);
         if lines >> line & 1 != 0 {
             let mask = masks.next().map_or(0, |mask| u64::from_le_bytes(*mask));
-            let by = literals.first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line));
+            let by = first_line(literals);
             bytes = _mm512_add_epi8(bytes, _mm512_maskz_expand_epi8(mask, by));
             literals = literals.get(mask.count_ones() as usize..).unwrap_or_default();
         }
@@ -286,6 +285,12 @@ fn low_8(bytes: __m128i) -> u64 {
 fn load_16(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: it is 16 bytes, and this load needs no alignment.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// The first line of these bytes; zeros if there are fewer.
+#[target_feature(enable = "avx512f")]
+fn first_line(bytes: &[u8]) -> __m512i {
+    bytes.first_chunk().map_or_else(|| _mm512_setzero_si512(), |line| load_line(line))
 }
 
 /// The first line of these bytes becomes this.
